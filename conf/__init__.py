@@ -1,0 +1,1 @@
+"""The config groups, shipped as ``lightning_mmembed.conf``; this file lets an editable install find them."""
