@@ -1,0 +1,188 @@
+"""Training batches: which queries, with which instruction, positive and negatives, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from lightning_mmembed.data.instructions import draw
+from lightning_mmembed.data.negatives import MinedNegatives, draw_negatives
+from lightning_mmembed.data.shards import Shards
+from lightning_mmembed.encoders.processor import EncoderInputs
+from lightning_mmembed.items import Candidate, Query
+
+BATCH_MIXES = ("mixed", "one-task")
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One flat list of items, queries first, and what relates them.
+
+    Args:
+        inputs: The encoder's inputs for ``Q`` queries followed by ``C`` candidates.
+        query_ids: ``(Q,)`` encoded qids.
+        candidate_ids: ``(C,)`` encoded dids: every query's positive, then the negatives.
+        positive_index: ``(Q,)`` column of each query's positive among the candidates.
+        positives: ``(Q, P)`` encoded ids of all labelled positives, padded with -1.
+    """
+
+    inputs: EncoderInputs
+    query_ids: Tensor
+    candidate_ids: Tensor
+    positive_index: Tensor
+    positives: Tensor
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    def to(self, device: torch.device | str, **_: Any) -> TrainingBatch:
+        """Copy to a device."""
+        return TrainingBatch(
+            self.inputs.to(device),
+            self.query_ids.to(device),
+            self.candidate_ids.to(device),
+            self.positive_index.to(device),
+            self.positives.to(device),
+        )
+
+
+def plan_epoch(tasks: np.ndarray, batch_size: int, seed: int, epoch: int, batch_mix: str = "mixed") -> np.ndarray:
+    """Cut the queries of an epoch into batches, a pure function of its arguments.
+
+    Args:
+        tasks: ``(N,)`` task of each query.
+        batch_size: Queries in a batch, over all processes.
+        seed: Seed of the run.
+        epoch: The epoch.
+        batch_mix: ``"mixed"`` draws a batch from all tasks, ``"one-task"`` from one task at a time. Queries that fill
+            no whole batch (of their task) sit this epoch out.
+
+    Returns:
+        ``(B, batch_size)`` positions in ``tasks``.
+
+    Raises:
+        ValueError: If ``batch_mix`` is unknown.
+
+    Example:
+        >>> plan_epoch(np.array(["a", "b", "a", "b"]), 2, seed=0, epoch=0, batch_mix="one-task").shape
+        (2, 2)
+    """
+    if batch_mix not in BATCH_MIXES:
+        raise ValueError(f"batch_mix={batch_mix!r} is unknown; write one of {BATCH_MIXES}")
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(tasks))
+    groups = [order] if batch_mix == "mixed" else [order[tasks[order] == task] for task in np.unique(tasks)]
+    batches = [g[: len(g) // batch_size * batch_size].reshape(-1, batch_size) for g in groups]
+    planned = np.concatenate(batches) if batches else np.zeros((0, batch_size), dtype=int)
+    return planned if batch_mix == "mixed" else planned[rng.permutation(len(planned))]
+
+
+class EpochPlan(DistributedSampler[Any]):
+    """Yields (epoch, positions) of one process's batches.
+
+    A :class:`DistributedSampler`, so that a Trainer neither replaces nor splits it again and tells it the epoch.
+
+    Args:
+        tasks: ``(N,)`` task of each query.
+        batch_size: Queries in a batch, per process.
+        seed: Seed of the run.
+        batch_mix: See :func:`plan_epoch`.
+        num_replicas: Number of processes.
+        rank: This process.
+        fixed: Plan every epoch as epoch 0, for validation.
+    """
+
+    def __init__(
+        self,
+        tasks: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        batch_mix: str = "mixed",
+        num_replicas: int = 1,
+        rank: int = 0,
+        fixed: bool = False,
+    ) -> None:
+        super().__init__(tasks, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.tasks, self.batch_size, self.batch_mix, self.fixed = tasks, batch_size, batch_mix, fixed
+
+    def _plan(self) -> np.ndarray:
+        size = self.batch_size * self.num_replicas
+        return plan_epoch(self.tasks, size, self.seed, 0 if self.fixed else self.epoch, self.batch_mix)
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        epoch = 0 if self.fixed else self.epoch
+        return iter([(epoch, batch[mine]) for batch in self._plan()])
+
+    def __len__(self) -> int:
+        return len(self._plan())
+
+
+class TrainingBatches(Dataset[TrainingBatch]):
+    """Reads and prepares the batch at (epoch, positions of its queries).
+
+    Args:
+        shards: The dataset.
+        rows: ``(N,)`` index rows of the queries.
+        pool: ``(M,)`` ids of the pool that positives and negatives come from.
+        processor: The encoder's, from a list of items to its inputs.
+        seed: Seed of instructions, positives and negatives.
+        negatives_per_query: Number of hard negatives, 0 for none.
+        mined: Where they come from; without it they are drawn from the pool at random.
+        draw_instructions: Draw one of the prompts; otherwise the first is used.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        rows: np.ndarray,
+        pool: np.ndarray,
+        processor: Callable[[Sequence[Query | Candidate]], EncoderInputs],
+        seed: int = 0,
+        negatives_per_query: int = 0,
+        mined: MinedNegatives | None = None,
+        draw_instructions: bool = True,
+    ) -> None:
+        self.shards, self.rows, self.pool, self.processor = shards, rows, pool, processor
+        self.seed, self.negatives_per_query, self.mined = seed, negatives_per_query, mined
+        self.draw_instructions = draw_instructions
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> TrainingBatch:
+        epoch, positions = key
+        rows = self.rows[positions]
+        ids = self.shards.query_ids(rows)
+        positives = self.shards.positives(rows)
+        chosen, negatives = [], []
+        for qid, labelled in zip(ids, positives, strict=True):
+            present = [did for did in labelled if _contains(self.pool, did)]
+            chosen.append(present[draw(len(present), self.seed, epoch, "positive", qid)])
+            negatives += draw_negatives(
+                self.mined, self.pool, int(qid), labelled, self.negatives_per_query, self.seed, epoch
+            )
+        candidate_ids = chosen + negatives
+        instruct = partial(self.shards.instructions.draw, seed=self.seed, epoch=epoch) if self.draw_instructions else None
+        queries = [self.shards.query_at(int(row), instruct) for row in rows]
+        candidates = [self.shards.candidate(did) for did in candidate_ids]
+        width = max(len(labelled) for labelled in positives)
+        return TrainingBatch(
+            self.processor([*queries, *candidates]),
+            torch.from_numpy(ids),
+            torch.tensor(candidate_ids),
+            torch.arange(len(queries)),
+            torch.tensor([[*labelled, *[-1] * (width - len(labelled))] for labelled in positives]),
+        )
+
+
+def _contains(ids: np.ndarray, did: int) -> bool:
+    place = int(np.searchsorted(ids, did))
+    return place < len(ids) and ids[place] == did

@@ -1,0 +1,127 @@
+"""The LightningDataModule over a dataset in M-BEIR's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_mmembed.data.batches import BATCH_MIXES, EpochPlan, TrainingBatch, TrainingBatches
+from lightning_mmembed.data.layout import TRAIN_POOL
+from lightning_mmembed.data.negatives import MinedNegatives
+from lightning_mmembed.data.shard import shard_dataset
+from lightning_mmembed.data.shards import Shards
+from lightning_mmembed.errors import UserInputError
+
+
+class MBEIRDataModule(LightningDataModule):
+    """Streams any dataset in M-BEIR's layout from its shards.
+
+    Every batch is a pure function of (seed, epoch, position): it depends on neither the number of workers nor what was
+    drawn before. The prompts are written by the processor of the encoder that the Trainer fits.
+
+    Args:
+        shards: Folder of the shards; made from ``source`` if they are absent or stale.
+        source: Folder in M-BEIR's layout; None if the shards are all there is.
+        batch_size: Queries in a batch, per process.
+        batch_mix: ``"mixed"`` draws a batch from all tasks; ``"one-task"`` from one task at a time, which brings the
+            modality bias of random negatives out.
+        negatives_per_query: Hard negatives for each query once they are mined.
+        negatives: A file of mined negatives to start with.
+        num_workers: Processes that read and prepare batches.
+        seed: Seed of the order, the instructions, the positives and the negatives.
+        max_bad_fraction: Share of the records that may be left out because they cannot be used.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path,
+        source: str | Path | None = None,
+        batch_size: int = 128,
+        batch_mix: str = "mixed",
+        negatives_per_query: int = 1,
+        negatives: str | Path | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_bad_fraction: float = 0.001,
+    ) -> None:
+        super().__init__()
+        if batch_mix not in BATCH_MIXES:
+            raise UserInputError(f"batch_mix={batch_mix!r} is unknown; write one of {', '.join(BATCH_MIXES)}")
+        self.shards_dir, self.source = Path(shards), source
+        self.batch_size, self.batch_mix, self.num_workers, self.seed = batch_size, batch_mix, num_workers, seed
+        self.negatives_per_query, self.negatives = negatives_per_query, negatives
+        self.max_bad_fraction = max_bad_fraction
+        self._shards: Shards | None = None
+
+    def prepare_data(self) -> None:
+        """Make the shards."""
+        if self.source is not None:
+            shard_dataset(self.source, self.shards_dir, max_bad_fraction=self.max_bad_fraction)
+
+    @property
+    def shards(self) -> Shards:
+        """The shards, opened when first asked for."""
+        if self._shards is None:
+            self._shards = Shards(self.shards_dir)
+        return self._shards
+
+    def use_negatives(self, path: str | Path) -> None:
+        """Draw hard negatives from a file from the next training dataloader on."""
+        self.negatives = path
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the version of the mined negatives in use."""
+        return {"negatives": None if self.negatives is None else str(self.negatives)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the mined negatives that the checkpoint was trained with."""
+        self.negatives = state_dict["negatives"]
+
+    def train_dataloader(self) -> DataLoader[TrainingBatch]:
+        """Batches of the training queries, with the mined negatives in use."""
+        mined = None if self.negatives is None else MinedNegatives(self.negatives)
+        n_negatives = 0 if mined is None else self.negatives_per_query
+        return self._dataloader("train", negatives_per_query=n_negatives, mined=mined)
+
+    def val_dataloader(self) -> DataLoader[TrainingBatch]:
+        """Batches of the validation queries and their positives, the same in every epoch."""
+        return self._dataloader("val", fixed=True)
+
+    def test_dataloader(self) -> DataLoader[TrainingBatch]:
+        """Batches of the test queries and their positives, likewise."""
+        return self._dataloader("test", fixed=True)
+
+    def _dataloader(self, split: str, fixed: bool = False, **negatives: Any) -> DataLoader[TrainingBatch]:
+        if self.trainer is None:
+            raise RuntimeError("MBEIRDataModule needs a Trainer: its encoder's processor writes the prompts")
+        rows = self.shards.query_rows(split)
+        pool = self.shards.pool(TRAIN_POOL if split == "train" else split).ids.numpy()
+        if split != "train":
+            known = [bool(np.isin(labelled, pool).any()) for labelled in self.shards.positives(rows)]
+            rows = rows[np.array(known, dtype=bool)]
+        replicas = self.trainer.world_size
+        if len(rows) < replicas:
+            raise UserInputError(f"{self.shards_dir} has {len(rows)} {split} queries for {replicas} processes")
+        plan = EpochPlan(
+            self.shards.task_names(rows),
+            min(self.batch_size, len(rows) // replicas),
+            self.seed,
+            "mixed" if fixed else self.batch_mix,
+            num_replicas=replicas,
+            rank=self.trainer.global_rank,
+            fixed=fixed,
+        )
+        batches = TrainingBatches(
+            self.shards,
+            rows,
+            pool,
+            self.trainer.lightning_module.encoder.processor,
+            seed=self.seed,
+            draw_instructions=not fixed,
+            **negatives,
+        )
+        return DataLoader(batches, batch_size=None, sampler=plan, num_workers=self.num_workers)

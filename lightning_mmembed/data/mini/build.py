@@ -1,0 +1,151 @@
+"""Writes the benchmark as a tree in M-BEIR's published layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from lightning_mmembed.data.mini.draw import draw_look, encode
+from lightning_mmembed.data.mini.prompts import PROMPTS
+from lightning_mmembed.data.mini.records import Collector
+from lightning_mmembed.data.mini.tasks import collect
+from lightning_mmembed.data.mini.world import DATASET_IDS, seeded
+from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.items import MBEIR_TASKS, TASK_MODALITIES, Task, encode_id
+
+#: Raised whenever the same seed starts to give other bytes.
+GENERATOR_VERSION = 1
+_GENERATOR = "lightning_mmembed.data.mini"
+_MARKER = "generated.json"
+
+
+def generate_mini(out: str | Path, seed: int = 0) -> Path:
+    """Write the built-in benchmark to ``out``, or return at once if it stands there already.
+
+    The tree is written beside ``out`` and renamed when complete, so a half-written one is never seen. A tree of
+    another seed or version is replaced.
+
+    Args:
+        out: Root of the tree.
+        seed: Decides everything: the same seed gives the same bytes.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        UserInputError: If ``out`` holds something that this function did not write.
+    """
+    out = Path(out)
+    fingerprint = {"generator": _GENERATOR, "version": GENERATOR_VERSION, "seed": seed}
+    if _stands(out, fingerprint):
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.parent / f".{out.name}.{uuid.uuid4().hex}"
+    try:
+        tree = work / "new"
+        _write_tree(tree, collect(seed), seed)
+        files = sum(path.is_file() for path in tree.rglob("*"))
+        _write_text(tree / _MARKER, json.dumps({**fingerprint, "files": files}, indent=2) + "\n")
+        _move_in(tree, out, work / "old", fingerprint)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _stands(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether ``out`` is the complete tree asked for; an older or damaged tree of ours may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / _MARKER).read_text(encoding="utf-8"))
+        ours = found["generator"] == _GENERATOR
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserInputError(
+            f"out={str(out)!r} holds something that the built-in benchmark did not write; "
+            "delete it or choose another directory"
+        )
+    if any(found.get(key) != value for key, value in fingerprint.items()):
+        return False
+    return bool(found.get("files") == sum(path.is_file() for path in out.rglob("*")) - 1)
+
+
+def _move_in(tree: Path, out: Path, old: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Put the finished tree in place, unless another process was faster."""
+    if _stands(out, fingerprint):
+        return
+    if out.exists():
+        os.rename(out, old)
+    try:
+        os.rename(tree, out)
+    except OSError:
+        if not _stands(out, fingerprint):
+            raise
+
+
+def _write_tree(root: Path, collector: Collector, seed: int) -> None:
+    _write_queries(root, collector)
+    _write_pools(root, collector)
+    _write_instructions(root / "instructions" / "query_instructions.tsv")
+    for folder in sorted({path.rpartition("/")[0] for path in collector.pictures}):
+        (root / folder).mkdir(parents=True)
+    for path, (domain, look) in track(collector.pictures.items(), "Drawing the built-in benchmark", transient=True):
+        picture = draw_look(domain, look, seeded(seed, "picture", path))
+        (root / path).write_bytes(encode(picture))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write_queries(root: Path, collector: Collector) -> None:
+    """Queries and relevance files: by task for evaluation, by dataset with the tasks mixed for training."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (split, task), queries in collector.queries.items():
+        stem = f"{Task.parse(task).dataset}_train" if split == "train" else f"{task}_{split}"
+        groups.setdefault((split, stem), []).extend(queries)
+    for (split, stem), queries in groups.items():
+        if split == "train":
+            seeded(collector.seed, "order", stem).shuffle(queries)
+        _write_lines(root / "query" / split / f"mbeir_{stem}.jsonl", queries)
+        rows = [f"{q['qid']} 0 {did} 1 {q['task_id']}\n" for q in queries for did in q["pos_cand_list"]]
+        _write_text(root / "qrels" / split / f"mbeir_{stem}_qrels.txt", "".join(rows))
+
+
+def _write_pools(root: Path, collector: Collector) -> None:
+    """Local pools of the evaluation side, and the two union pools."""
+    union: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for (side, task), entries in collector.pools.items():
+        records = [entry.record() for entry in entries]
+        if side == "train":
+            union["train"] += records
+            continue
+        stem = task if side == "eval" else f"{task}_{side}"
+        _write_lines(root / "cand_pool" / "local" / f"mbeir_{stem}_cand_pool.jsonl", records)
+        if side != "val":
+            union["test"] += records
+    for split, records in union.items():
+        records.sort(key=lambda record: encode_id(record["did"]))
+        _write_lines(root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl", records)
+
+
+def _write_instructions(path: Path) -> None:
+    rows = [("query_modality", "cand_modality", "dataset_name", "dataset_id", *(f"prompt_{n}" for n in range(1, 5)))]
+    for name in MBEIR_TASKS:
+        task = Task.parse(name)
+        asked, wanted = TASK_MODALITIES[task.task_id]
+        rows.append((str(asked), str(wanted), task.dataset, str(DATASET_IDS[task.dataset]), *PROMPTS[name]))
+    _write_text(path, "".join("\t".join(row) + "\n" for row in rows))
