@@ -1,0 +1,71 @@
+"""What is searched and what is asked: a pool of candidates and the queries of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mmembed.items import Candidate, Query, Task
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A mixed-modality pool, in canonical order of its ids.
+
+    Args:
+        name: Such as ``"train"`` or ``"test"``.
+        ids: ``(N,)`` int64 encoded ``did`` (:func:`~lightning_mmembed.items.encode_id`), ascending.
+        modalities: ``(N,)`` int8 :attr:`Modality.code` of each candidate.
+        local: For each task the ``(N,)`` boolean mask of its local pool.
+        items: The candidates, read when they are asked for.
+        fingerprint: Changes whenever the content does.
+    """
+
+    name: str
+    ids: Tensor
+    modalities: Tensor
+    local: Mapping[str, Tensor]
+    items: Sequence[Candidate]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows_of(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Rows of some ids, ``(Q, P)`` for ``Q`` lists of at most ``P``; -1 for padding and for ids not in the pool.
+
+        Example:
+            >>> pool = Pool("tiny", torch.tensor([3, 8]), torch.tensor([0, 0]), {}, [], "")
+            >>> pool.rows_of([[8], [5, 3]]).tolist()
+            [[1, -1], [-1, 0]]
+        """
+        width = max((len(row) for row in ids), default=0)
+        codes = torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids], dtype=torch.long)
+        codes = codes.reshape(len(ids), width)
+        rows = torch.searchsorted(self.ids, codes).clamp(max=max(0, len(self.ids) - 1))
+        return torch.where(self.ids[rows] == codes, rows, -1)
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """The queries of one task.
+
+    Args:
+        task: The task.
+        ids: ``(Q,)`` int64 encoded qids.
+        positives: Encoded ``did`` of the labelled positives of each query.
+        queries: The queries with their instructions, read when they are asked for.
+        fingerprint: Changes whenever the content does.
+    """
+
+    task: Task
+    ids: Tensor
+    positives: Sequence[Sequence[int]]
+    queries: Sequence[Query]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
