@@ -1,0 +1,116 @@
+"""Writes the HTML report of a run when it has been tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from lightning_mmembed.callbacks.evaluation import RetrievalEvaluation
+from lightning_mmembed.callbacks.mining import HardNegativeMining
+from lightning_mmembed.retrieval.report import Stage, write_report
+from lightning_mmembed.retrieval.runs import gallery
+
+C = TypeVar("C", bound=Callback)
+
+
+class RunReport(Callback):
+    """Collects curves while training and writes ``report.html`` after the evaluation of the test or validation split.
+
+    Args:
+        title: Heading of the page.
+        facts: What the reader must know about the run, such as dataset and seed.
+        config: The run's configuration as YAML.
+        queries_per_task: Queries of each task in the gallery.
+        dirpath: Where the report is written; by default the Trainer's ``default_root_dir``.
+    """
+
+    def __init__(
+        self,
+        title: str = "Retrieval report",
+        facts: dict[str, str] | None = None,
+        config: str = "",
+        queries_per_task: int = 6,
+        dirpath: str | Path | None = None,
+    ) -> None:
+        self.title, self.facts, self.config = title, dict(facts or {}), config
+        self.queries_per_task, self.dirpath = queries_per_task, dirpath
+        self.history: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the curves so far."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the curves that the checkpoint knew."""
+        self.history = list(state_dict["history"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add a point to the curves."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+            row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            self.history.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **row})
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the report."""
+        self._write(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the report, unless the validation belongs to a fit."""
+        if trainer.state.fn == "validate":
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        evaluation = _find(trainer, RetrievalEvaluation)
+        if evaluation is None or evaluation.result is None or not trainer.is_global_zero:
+            return
+        mining = _find(trainer, HardNegativeMining)
+        minings = mining.versions if mining else []
+        during_fit = [e for e in evaluation.evaluations if e["split"] == "val"]
+        path = write_report(
+            Path(self.dirpath or trainer.default_root_dir) / "report.html",
+            title=self.title,
+            metrics=evaluation.result.metrics,
+            history=self._rows(during_fit, minings),
+            stages=_stages(during_fit, [version["step"] for version in minings]),
+            gallery=gallery(evaluation.result, self.queries_per_task),
+            facts={**self.facts, "union pool": f"{len(evaluation.result.pool):,} candidates"},
+            config=self.config,
+        )
+        Console().print(f"report: {path}")
+
+    def _rows(self, evaluations: list[dict[str, Any]], minings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = list(self.history)
+        for evaluation in evaluations:
+            averages = {
+                f"val/{pool}/{name}": values["average"][name]
+                for pool, values in evaluation["metrics"].items()
+                for name in ("hit@5", "modality@1")
+                if name in values["average"]
+            }
+            rows.append({"step": evaluation["step"], **averages})
+        rows += [{"step": version["step"], "mined": number} for number, version in enumerate(minings, 1)]
+        return sorted(rows, key=lambda row: row["step"])
+
+
+def _stages(evaluations: list[dict[str, Any]], mined_at: list[int]) -> list[Stage]:
+    """The evaluations that tell the story: untrained, before the first mining, after it, and the last."""
+    first = mined_at[0] if mined_at else float("inf")
+    before = [e for e in evaluations if 0 < e["step"] <= first]
+    after = [e for e in evaluations if e["step"] > first]
+    picked = {"untrained": [e for e in evaluations if e["step"] == 0][:1]}
+    if mined_at:
+        picked |= {"before mining": before[-1:], "after mining": after[-1:]}
+    else:
+        picked |= {"trained": before[-1:]}
+    return [Stage(name, e["metrics"], e["modality_matrix"]) for name, found in picked.items() for e in found]
+
+
+def _find(trainer: Trainer, kind: type[C]) -> C | None:
+    found: C | None = next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
+    return found

@@ -1,0 +1,216 @@
+"""The commands: compose the configuration with Hydra, build the objects, run, and say where the output lies.
+
+``train(cfg)`` and ``evaluate(cfg)`` are plain functions that return metrics and objects; the ``*_main`` functions are the
+console scripts around them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_mmembed.errors import UserInputError
+
+log = logging.getLogger(__name__)
+
+CONFIG_PATH = "pkg://lightning_mmembed.conf"
+VERSIONED = ("lightning-mmembed", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "webdataset", "pillow")
+
+
+def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Fit, then evaluate the test split with the best checkpoint.
+
+    Args:
+        cfg: A configuration composed from ``conf/train.yaml``.
+
+    Returns:
+        The logged metrics, and the objects by name: datamodule, module, callbacks, trainer.
+    """
+    objects = build(cfg)
+    trainer, module, datamodule = objects["trainer"], objects["module"], objects["datamodule"]
+    metrics: dict[str, float] = {}
+    if cfg.train:
+        trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path)
+        metrics |= _floats(trainer.callback_metrics)
+    if cfg.test:
+        best = trainer.checkpoint_callback.best_model_path if cfg.train and trainer.checkpoint_callback else None
+        ckpt_path = best or (None if cfg.train else cfg.ckpt_path)
+        trainer.test(module, datamodule, ckpt_path=ckpt_path, verbose=False)
+        metrics |= _floats(trainer.callback_metrics)
+    print(f"run directory: {cfg.paths.output_dir}")
+    return metrics, objects
+
+
+def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Evaluate a checkpoint, or the untrained model.
+
+    Args:
+        cfg: A configuration composed from ``conf/evaluate.yaml``.
+
+    Returns:
+        The logged metrics, and the objects by name: datamodule, module, callbacks, trainer.
+
+    Raises:
+        UserInputError: If ``split`` is neither ``test`` nor ``val``, or the checkpoint does not fit.
+    """
+    from lightning_mmembed.checkpoints import load_encoder_weights
+
+    if cfg.split not in ("test", "val"):
+        raise UserInputError(f"split={cfg.split!r} is unknown; write 'test' or 'val'")
+    objects = build(cfg)
+    if cfg.ckpt_path is not None:
+        load_encoder_weights(objects["module"].encoder, cfg.ckpt_path)
+    trainer = objects["trainer"]
+    run = trainer.test if cfg.split == "test" else trainer.validate
+    run(objects["module"], objects["datamodule"], verbose=False)
+    print(f"run directory: {cfg.paths.output_dir}")
+    return _floats(trainer.callback_metrics), objects
+
+
+def build(cfg: DictConfig) -> dict[str, Any]:
+    """Build datamodule, module, callbacks, loggers and trainer, and record the configuration in the run directory."""
+    from lightning.pytorch import seed_everything
+
+    apply_extras(cfg)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    _record(cfg)
+    datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    datamodule.prepare_data()  # the tiny checkpoint's tokenizer learns from the shards
+    module = hydra.utils.instantiate(cfg.model, _convert_="all")
+    callbacks = _instantiate_all(cfg.callbacks)
+    for callback in callbacks:
+        if type(callback).__name__ == "RunReport":
+            callback.facts, callback.config = _facts(cfg), OmegaConf.to_yaml(cfg, resolve=True)
+    trainer = hydra.utils.instantiate(
+        cfg.trainer, callbacks=callbacks, logger=_instantiate_all(cfg.get("logger")) or False, _convert_="all"
+    )
+    return {"datamodule": datamodule, "module": module, "callbacks": callbacks, "trainer": trainer}
+
+
+def apply_extras(cfg: DictConfig) -> None:
+    """Quieten libraries and print the configuration, as asked for."""
+    if cfg.extras.quiet_libraries:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", module="lightning|torch")
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if cfg.extras.print_config:
+        print(OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def _record(cfg: DictConfig) -> None:
+    """Write what a run needs to be repeated: the resolved configuration, versions and seed."""
+    from lightning_mmembed.files import write_atomically
+
+    directory = Path(cfg.paths.output_dir)
+    write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    versions = {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
+    write_atomically(directory / "versions.json", json.dumps({"seed": cfg.seed, **versions}, indent=1))
+
+
+def _facts(cfg: DictConfig) -> dict[str, str]:
+    return {
+        "run directory": str(cfg.paths.output_dir),
+        "dataset": str(cfg.dataset),
+        "seed": str(cfg.seed),
+        "tags": ", ".join(cfg.tags),
+        "checkpoint": str(cfg.ckpt_path or "trained here"),
+        "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONED[:4]),
+    }
+
+
+def _instantiate_all(nodes: DictConfig | None) -> list[Any]:
+    """Build every node that has a target; a node set to null is dropped."""
+    return [
+        hydra.utils.instantiate(node, _convert_="all")
+        for node in (nodes or {}).values()
+        if isinstance(node, DictConfig) and "_target_" in node
+    ]
+
+
+def _floats(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def user_error(error: BaseException) -> str | None:
+    """The message for an error that the user can mend, or None for one that is a defect of the program.
+
+    Hydra wraps what a constructor raises; the innermost wrong input, value or key is the one to tell.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for kind in (UserInputError, OmegaConfBaseException):
+        found = next((e for e in chain if isinstance(e, kind)), None)
+        if found is not None:
+            return str(found)
+    if isinstance(error, HydraException):  # a target that does not exist, or refuses its arguments
+        return str(chain[-1]) if isinstance(chain[-1], (TypeError, ValueError, ImportError)) else str(error)
+    return None
+
+
+def run_command(command: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Run a command; an error that the user can mend is printed alone and ends it with status 2."""
+    try:
+        return command(cfg)
+    except Exception as error:
+        message = user_error(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="train")
+def train_main(cfg: DictConfig) -> float | None:
+    """``mmembed-train``: see ``conf/train.yaml``."""
+    metrics, _ = run_command(train, cfg)
+    if cfg.optimized_metric is None:
+        return None
+    if cfg.optimized_metric not in metrics:
+        raise SystemExit(f"error: optimized_metric={cfg.optimized_metric!r} is not logged; choose of {sorted(metrics)}")
+    return metrics[cfg.optimized_metric]
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="evaluate")
+def evaluate_main(cfg: DictConfig) -> None:
+    """``mmembed-evaluate``: see ``conf/evaluate.yaml``."""
+    run_command(evaluate, cfg)
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="shard")
+def shard_main(cfg: DictConfig) -> None:
+    """``mmembed-shard``: see ``conf/shard.yaml``."""
+    run_command(shard, cfg)
+
+
+def shard(cfg: DictConfig) -> Path:
+    """Turn a dataset in M-BEIR's layout into shards.
+
+    Args:
+        cfg: A configuration composed from ``conf/shard.yaml``.
+
+    Returns:
+        The folder of the shards.
+    """
+    from lightning_mmembed.data.shard import shard_dataset
+
+    out = shard_dataset(cfg.source, cfg.out, max_bad_fraction=cfg.max_bad_fraction)
+    print(f"shards: {out}")
+    return out
