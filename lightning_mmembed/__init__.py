@@ -32,7 +32,7 @@ _HOMES = {
     "mine_modality_aware": "mining",
     "RetrievalModule": "module",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

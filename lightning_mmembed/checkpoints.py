@@ -46,6 +46,7 @@ def check_architecture(encoder: nn.Module, state: dict[str, torch.Tensor], path:
     differ = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
     name = differ[0]
     raise UserInputError(
-        f"ckpt_path={str(path)!r} was trained with another architecture: {len(differ)} of {len(own)} weights differ, such "
-        f"as {name} (checkpoint {theirs.get(name)}, model {own.get(name)}); choose the model= and data= it was trained with"
+        f"ckpt_path={str(path)!r} was trained with another architecture: {len(differ)} of {len(own)} weights differ, "
+        f"such as {name} (checkpoint {theirs.get(name)}, model {own.get(name)}); choose the model and the dataset "
+        "that it was trained with"
     )

@@ -1,7 +1,7 @@
 """The commands: compose the configuration with Hydra, build the objects, run, and say where the output lies.
 
-``train(cfg)`` and ``evaluate(cfg)`` are plain functions that return metrics and objects; the ``*_main`` functions are the
-console scripts around them.
+``train(cfg)`` and ``evaluate(cfg)`` are plain functions that return metrics and objects; the ``*_main`` functions are
+the console scripts around them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_mmembed.errors import UserInputError
 log = logging.getLogger(__name__)
 
 CONFIG_PATH = "pkg://lightning_mmembed.conf"
-VERSIONED = ("lightning-mmembed", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "webdataset", "pillow")
+VERSIONED = ("lightning-mmembed", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "pillow")
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -90,9 +90,6 @@ def build(cfg: DictConfig) -> dict[str, Any]:
     datamodule.prepare_data()  # the tiny checkpoint's tokenizer learns from the shards
     module = hydra.utils.instantiate(cfg.model, _convert_="all")
     callbacks = _instantiate_all(cfg.callbacks)
-    for callback in callbacks:
-        if type(callback).__name__ == "RunReport":
-            callback.facts, callback.config = _facts(cfg), OmegaConf.to_yaml(cfg, resolve=True)
     trainer = hydra.utils.instantiate(
         cfg.trainer, callbacks=callbacks, logger=_instantiate_all(cfg.get("logger")) or False, _convert_="all"
     )
@@ -104,8 +101,8 @@ def apply_extras(cfg: DictConfig) -> None:
     if cfg.extras.quiet_libraries:
         import transformers
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         warnings.filterwarnings("ignore", module="lightning|torch")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if cfg.extras.print_config:
@@ -120,17 +117,6 @@ def _record(cfg: DictConfig) -> None:
     write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     versions = {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
     write_atomically(directory / "versions.json", json.dumps({"seed": cfg.seed, **versions}, indent=1))
-
-
-def _facts(cfg: DictConfig) -> dict[str, str]:
-    return {
-        "run directory": str(cfg.paths.output_dir),
-        "dataset": str(cfg.dataset),
-        "seed": str(cfg.seed),
-        "tags": ", ".join(cfg.tags),
-        "checkpoint": str(cfg.ckpt_path or "trained here"),
-        "versions": ", ".join(f"{name} {version(name)}" for name in VERSIONED[:4]),
-    }
 
 
 def _instantiate_all(nodes: DictConfig | None) -> list[Any]:
@@ -180,12 +166,17 @@ def run_command(command: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="train")
 def train_main(cfg: DictConfig) -> float | None:
     """``mmembed-train``: see ``conf/train.yaml``."""
-    metrics, _ = run_command(train, cfg)
-    if cfg.optimized_metric is None:
-        return None
-    if cfg.optimized_metric not in metrics:
-        raise SystemExit(f"error: optimized_metric={cfg.optimized_metric!r} is not logged; choose of {sorted(metrics)}")
-    return metrics[cfg.optimized_metric]
+    score: float | None = run_command(_optimized, cfg)
+    return score
+
+
+def _optimized(cfg: DictConfig) -> float | None:
+    """Train, and return the metric that a sweep optimises."""
+    metrics, _ = train(cfg)
+    name = cfg.optimized_metric
+    if name is not None and name not in metrics:
+        raise UserInputError(f"optimized_metric={name!r} is not logged; choose one of {', '.join(sorted(metrics))}")
+    return None if name is None else metrics[name]
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="evaluate")

@@ -98,6 +98,7 @@ class Task:
 
     @property
     def name(self) -> str:
+        """``{dataset}_task{id}``, as the files and tables say."""
         return f"{self.dataset}_task{self.task_id}"
 
     @property
@@ -162,6 +163,7 @@ class Item:
 
     @property
     def modality(self) -> Modality:
+        """What the item is made of."""
         if self.image is None:
             return Modality.TEXT
         return Modality.IMAGE_TEXT if self.text else Modality.IMAGE

@@ -34,6 +34,25 @@ def labelled_positive_mask(positives: Tensor, candidate_ids: Tensor, positive_in
     return mask.scatter(1, positive_index[:, None], False)
 
 
+def in_batch_accuracy(
+    queries: Tensor, candidates: Tensor, positive_index: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Share of the queries whose positive is the nearest of the candidates that are not masked.
+
+    Args:
+        queries: ``(Q, D)`` unit vectors.
+        candidates: ``(C, D)`` unit vectors.
+        positive_index: ``(Q,)`` column of each query's positive.
+        mask: ``(Q, C)`` boolean, True where a candidate is left out.
+
+    Returns:
+        Scalar from 0 to 1.
+    """
+    with torch.no_grad():
+        nearest = contrastive_logits(queries, candidates, mask, temperature=1.0).argmax(1)
+        return (nearest == positive_index).float().mean()
+
+
 def contrastive_logits(
     queries: Tensor, candidates: Tensor, mask: Tensor | None = None, temperature: float = 0.05
 ) -> Tensor:

@@ -54,7 +54,7 @@ def mine_modality_aware(
         ValueError: If ``k_prime`` is not between 0 and ``k``.
 
     Example:
-        >>> mine_modality_aware(["a", "b", "c", "d"], ["text", "image", "text", "image"], {"c"}, "image", k=4, k_prime=3)
+        >>> mine_modality_aware(["a", "b", "c", "d"], ["text", "image", "text", "image"], {"c"}, "image", 4, 3)
         HardNegatives(wrong_modality=(0,), wrong_content=(3,))
     """
     if not 0 <= k_prime <= k:

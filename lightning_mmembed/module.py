@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from lightning_mmembed.data.batches import TrainingBatch
 from lightning_mmembed.encoders.mllm import MLLMEncoder
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.losses import contrastive_logits, labelled_positive_mask
+from lightning_mmembed.losses import contrastive_loss, in_batch_accuracy, labelled_positive_mask
 
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 OptimizerFactory = Callable[..., Optimizer]
 SchedulerFactory = Callable[..., Any]
+
+#: The paper's learning rate for its random and hard stages.
+DEFAULT_OPTIMIZER: OptimizerFactory = partial(AdamW, lr=1e-4)
 
 
 class RetrievalModule(LightningModule):
@@ -26,24 +30,25 @@ class RetrievalModule(LightningModule):
 
     Args:
         encoder: The encoder.
+        loss: From ``(queries, candidates, positive_index, mask)`` to a scalar; by default
+            :func:`~lightning_mmembed.losses.contrastive_loss` at its temperature of 0.05.
         optimizer: From parameters to an optimizer; by default AdamW with a learning rate of 1e-4.
         scheduler: From an optimizer to a learning-rate scheduler, stepped after every batch. Given
             ``num_training_steps`` if it takes such an argument, as the schedulers of transformers do.
-        temperature: Divides the similarities in the loss.
     """
 
     def __init__(
         self,
         encoder: MLLMEncoder,
-        optimizer: OptimizerFactory | None = None,
+        loss: LossFunction = contrastive_loss,
+        optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
         scheduler: SchedulerFactory | None = None,
-        temperature: float = 0.05,
     ) -> None:
         super().__init__()
         self.encoder = encoder.train()  # transformers loads models in evaluation mode
+        self.loss = loss
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.temperature = temperature
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
         """Encode prepared items to ``(N, D)`` unit vectors."""
@@ -75,18 +80,17 @@ class RetrievalModule(LightningModule):
         candidate_ids, positive_index = batch.candidate_ids, batch.positive_index
         if self.trainer.world_size > 1:
             # DDP averages the gradients of the processes; with the gather's own gradient that is the exact one.
-            candidates = self.all_gather(candidates, sync_grads=True).flatten(0, 1)
-            candidate_ids = self.all_gather(candidate_ids).flatten()
+            candidates = cast(Tensor, self.all_gather(candidates, sync_grads=True)).flatten(0, 1)
+            candidate_ids = cast(Tensor, self.all_gather(candidate_ids)).flatten()
             positive_index = positive_index + self.global_rank * len(batch.candidate_ids)
         mask = labelled_positive_mask(batch.positives, candidate_ids, positive_index)
-        logits = contrastive_logits(queries, candidates, mask, self.temperature)
-        loss = torch.nn.functional.cross_entropy(logits, positive_index)
-        return loss, (logits.argmax(1) == positive_index).float().mean()
+        loss = self.loss(queries, candidates, positive_index, mask)
+        return loss, in_batch_accuracy(queries, candidates, positive_index, mask)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and the scheduler."""
         parameters = [p for p in self.encoder.parameters() if p.requires_grad]
-        optimizer = (self.optimizer or torch.optim.AdamW)(parameters, **({} if self.optimizer else {"lr": 1e-4}))
+        optimizer = self.optimizer(parameters)
         if self.scheduler is None:
             return optimizer
         arguments = {}

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from lightning_mmembed.callbacks.vectors import vector_store
+from lightning_mmembed.encoders.mllm import encoder_of
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
 from lightning_mmembed.retrieval.evaluate import RetrievalResult, evaluate_retrieval
@@ -18,14 +19,13 @@ from lightning_mmembed.retrieval.table import metrics_table
 
 
 class RetrievalEvaluation(Callback):
-    """Embeds the pool of a split, ranks it for every query and logs the metrics.
+    """Embeds the pool of a split, ranks it for every query and logs the metrics, whenever a Trainer evaluates.
 
     Logged are ``{split}/{pool}/{metric}`` averages over the tasks, and ``{split}/{pool}/{task}/{metric}``. After
     ``trainer.validate`` and ``trainer.test`` the table is printed, and ``metrics.json`` and the TREC runs are written.
 
     Args:
         metrics: Canonical metric names.
-        every_n_epochs: Evaluate at the end of every n-th epoch's validation.
         before_fit: Evaluate the validation split once before training, too.
         instruction_index: Which of the prompts every query gets.
         batch_size: Items per pass of the encoder.
@@ -37,7 +37,6 @@ class RetrievalEvaluation(Callback):
     def __init__(
         self,
         metrics: Sequence[str] = DEFAULT_METRICS,
-        every_n_epochs: int = 1,
         before_fit: bool = False,
         instruction_index: int = 0,
         batch_size: int = 256,
@@ -47,7 +46,7 @@ class RetrievalEvaluation(Callback):
     ) -> None:
         for name in metrics:
             parse_metric(name)
-        self.metrics, self.every_n_epochs, self.before_fit = tuple(metrics), every_n_epochs, before_fit
+        self.metrics, self.before_fit = tuple(metrics), before_fit
         self.instruction_index, self.dirpath = instruction_index, dirpath
         self._store = {"batch_size": batch_size, "num_workers": num_workers, "dtype": dtype}
         #: One entry for each evaluation: step, split, metrics and modality matrix.
@@ -72,13 +71,10 @@ class RetrievalEvaluation(Callback):
         """Evaluate the validation split."""
         if trainer.sanity_checking:
             return
-        if trainer.state.fn == "fit":
-            if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-                self._log(pl_module, "val", self._evaluate(trainer, pl_module, "val"))
-            return
         result = self._evaluate(trainer, pl_module, "val")
         self._log(pl_module, "val", result)
-        self._write(trainer, "val", result)
+        if trainer.state.fn == "validate":
+            self._write(trainer, "val", result)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the test split."""
@@ -89,9 +85,10 @@ class RetrievalEvaluation(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, split: str) -> RetrievalResult:
         shards = trainer.datamodule.shards  # type: ignore[attr-defined]
         store = vector_store(trainer, self.dirpath, **self._store)
-        store.prune(encoder_fingerprint(pl_module.encoder))
+        encoder = encoder_of(pl_module)
+        store.prune(encoder_fingerprint(encoder))
         sets = shards.query_sets(split, self.instruction_index)
-        result = evaluate_retrieval(pl_module.encoder, shards.pool(split), sets, store, self.metrics)
+        result = evaluate_retrieval(encoder, shards.pool(split), sets, store, self.metrics)
         self.evaluations.append(
             {
                 "step": trainer.global_step,
@@ -119,5 +116,5 @@ class RetrievalEvaluation(Callback):
         write_metrics(directory / "metrics.json", result)
         write_runs(directory / "runs", result, "mmembed")
         console = Console()
-        console.print(metrics_table(result.metrics, title=f"{split}: {len(result.pool):,} candidates in the union pool"))
+        console.print(metrics_table(result.metrics, title=f"{split}, union pool of {len(result.pool):,}"))
         console.print(f"metrics: {directory / 'metrics.json'}\nTREC runs: {directory / 'runs'}")

@@ -13,7 +13,7 @@ from lightning_mmembed.callbacks.vectors import vector_store
 from lightning_mmembed.checkpoints import load_encoder_weights
 from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.data.negatives import write_negatives
-from lightning_mmembed.encoders.mllm import MLLMEncoder
+from lightning_mmembed.encoders.mllm import MLLMEncoder, encoder_of
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
@@ -74,17 +74,18 @@ class HardNegativeMining(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer that would go on with the old negatives."""
         between = self.after_epochs or self.every_n_epochs
-        if stage == "fit" and between and trainer.reload_dataloaders_every_n_epochs != 1:
+        reload_every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if stage == "fit" and between and reload_every != 1:
             raise UserInputError(
-                f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs} would keep the old "
-                "negatives; set Trainer(reload_dataloaders_every_n_epochs=1)"
+                f"reload_dataloaders_every_n_epochs={reload_every} would keep the old negatives; set "
+                "Trainer(reload_dataloaders_every_n_epochs=1)"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mine before the first batch: the training dataloader is made after this hook."""
         if not self.before_fit or self.versions:
             return
-        encoder = pl_module.encoder
+        encoder = encoder_of(pl_module)
         if self.ckpt_path is not None:
             encoder = copy.deepcopy(encoder)
             load_encoder_weights(encoder, self.ckpt_path)
@@ -95,7 +96,7 @@ class HardNegativeMining(Callback):
         done = trainer.current_epoch + 1
         due = done in self.after_epochs or (self.every_n_epochs and done % self.every_n_epochs == 0)
         if due and done != trainer.max_epochs:
-            self._mine(trainer, pl_module.encoder)
+            self._mine(trainer, encoder_of(pl_module))
 
     def _mine(self, trainer: Trainer, encoder: MLLMEncoder) -> None:
         datamodule = trainer.datamodule  # type: ignore[attr-defined]

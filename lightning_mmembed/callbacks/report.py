@@ -22,7 +22,7 @@ class RunReport(Callback):
     Args:
         title: Heading of the page.
         facts: What the reader must know about the run, such as dataset and seed.
-        config: The run's configuration as YAML.
+        config_file: The run's configuration, shown as it is.
         queries_per_task: Queries of each task in the gallery.
         dirpath: Where the report is written; by default the Trainer's ``default_root_dir``.
     """
@@ -30,12 +30,13 @@ class RunReport(Callback):
     def __init__(
         self,
         title: str = "Retrieval report",
-        facts: dict[str, str] | None = None,
-        config: str = "",
+        facts: dict[str, Any] | None = None,
+        config_file: str | Path | None = None,
         queries_per_task: int = 6,
         dirpath: str | Path | None = None,
     ) -> None:
-        self.title, self.facts, self.config = title, dict(facts or {}), config
+        self.title, self.config_file = title, config_file
+        self.facts = {name: str(value) for name, value in (facts or {}).items()}
         self.queries_per_task, self.dirpath = queries_per_task, dirpath
         self.history: list[dict[str, Any]] = []
 
@@ -51,7 +52,7 @@ class RunReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add a point to the curves."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
             row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             self.history.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **row})
@@ -80,7 +81,7 @@ class RunReport(Callback):
             stages=_stages(during_fit, [version["step"] for version in minings]),
             gallery=gallery(evaluation.result, self.queries_per_task),
             facts={**self.facts, "union pool": f"{len(evaluation.result.pool):,} candidates"},
-            config=self.config,
+            config=Path(self.config_file).read_text() if self.config_file else "",
         )
         Console().print(f"report: {path}")
 

@@ -170,7 +170,8 @@ class TrainingBatches(Dataset[TrainingBatch]):
                 self.mined, self.pool, int(qid), labelled, self.negatives_per_query, self.seed, epoch
             )
         candidate_ids = chosen + negatives
-        instruct = partial(self.shards.instructions.draw, seed=self.seed, epoch=epoch) if self.draw_instructions else None
+        drawn = partial(self.shards.instructions.draw, seed=self.seed, epoch=epoch)
+        instruct = drawn if self.draw_instructions else None
         queries = [self.shards.query_at(int(row), instruct) for row in rows]
         candidates = [self.shards.candidate(did) for did in candidate_ids]
         width = max(len(labelled) for labelled in positives)

@@ -14,6 +14,7 @@ from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.data.negatives import MinedNegatives
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
+from lightning_mmembed.encoders.mllm import encoder_of
 from lightning_mmembed.errors import UserInputError
 
 
@@ -119,7 +120,7 @@ class MBEIRDataModule(LightningDataModule):
             self.shards,
             rows,
             pool,
-            self.trainer.lightning_module.encoder.processor,
+            encoder_of(self.trainer.lightning_module).processor,
             seed=self.seed,
             draw_instructions=not fixed,
             **negatives,

@@ -32,7 +32,7 @@ def format_text(text: str | None) -> str:
     """Clean a text as M-BEIR does (``format_string`` of ``src/data/preprocessing/utils.py`` in UniIR).
 
     Example:
-        >>> format_text(' "a red bus"\\r ')
+        >>> format_text(' "a red bus" ')
         'A red bus.'
     """
     text = (text or "").replace("\r", "").strip().strip('"')
@@ -139,18 +139,21 @@ class MBEIRLayout:
                     judged.setdefault(task, {}).setdefault(columns[0], []).append(columns[2])
         return {task: {qid: tuple(dids) for qid, dids in rows.items()} for task, rows in judged.items()}
 
-    def instructions(self) -> dict[tuple[int, Modality, Modality], tuple[str, ...]]:
-        """Prompts by (dataset id, query modality, wanted modality).
-
-        Raises:
-            UserInputError: If the file is empty, a line is malformed or a row has no prompt.
-        """
-        path = self.source / "instructions" / "query_instructions.tsv"
-        return read_instructions(path)
+    @property
+    def instructions_file(self) -> Path:
+        """The file of the prompts."""
+        return self.source / "instructions" / "query_instructions.tsv"
 
 
 def read_instructions(path: Path) -> dict[tuple[int, Modality, Modality], tuple[str, ...]]:
-    """Read an instruction file; see :meth:`MBEIRLayout.instructions`."""
+    """Read an instruction file.
+
+    Returns:
+        Prompts by (dataset id, query modality, wanted modality).
+
+    Raises:
+        UserInputError: If the file is empty, a line is malformed or a row has no prompt.
+    """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
     prompts = {}

@@ -40,6 +40,9 @@ from lightning_mmembed.items import encode_id
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+#: What becomes of a record: the columns of its index row that it decides, its JSON content, the path of its picture.
+Sample = tuple[dict[str, Any], dict[str, Any], str | None]
 INDEX_FILE, MANIFEST_FILE, INSTRUCTIONS_FILE = "index.parquet", "manifest.json", "instructions.tsv"
 
 INDEX_SCHEMA = pa.schema(
@@ -127,7 +130,7 @@ class _Writer:
                 group = counts.setdefault("pools" if row["pools"] else "queries", {})
                 group[name] = group.get(name, 0) + 1
         pq.write_table(pa.Table.from_pylist(self.rows, INDEX_SCHEMA), self.directory / INDEX_FILE)
-        shutil.copyfile(self.layout.source / "instructions" / "query_instructions.tsv", self.directory / INSTRUCTIONS_FILE)
+        shutil.copyfile(self.layout.instructions_file, self.directory / INSTRUCTIONS_FILE)
         manifest = {
             "version": FORMAT_VERSION,
             "fingerprint": made_of,
@@ -216,13 +219,14 @@ class _Writer:
             self.shards.append({"file": path.name, "sha256": file_sha256(path), "size": path.stat().st_size})
 
     @staticmethod
-    def _candidate_sample(pair: tuple[CandidateRecord, list[str]]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    def _candidate_sample(pair: tuple[CandidateRecord, list[str]]) -> Sample:
         record, pools = pair
-        row = {"id": encode_id(record.did), "modality": record.modality.code, "task": "", "pools": pools, "positives": []}
+        row = {"id": encode_id(record.did), "modality": record.modality.code, "task": "", "pools": pools}
+        row["positives"] = []
         return row, {"did": record.did, "txt": record.text, "modality": record.modality.value}, record.image
 
     @staticmethod
-    def _query_sample(record: QueryRecord) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    def _query_sample(record: QueryRecord) -> Sample:
         content = {
             "qid": record.qid,
             "query_txt": record.text,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,11 +39,13 @@ class Shards:
         self.directory = Path(directory)
         manifest = self.directory / MANIFEST_FILE
         if not manifest.is_file():
-            raise UserInputError(f"{manifest} is missing; make the shards with mmembed-shard source=... out={directory}")
+            raise UserInputError(
+                f"{manifest} is missing; make the shards with mmembed-shard source=... out={directory}"
+            )
         self.manifest: dict[str, Any] = json.loads(manifest.read_text())
         self.fingerprint: str = self.manifest["fingerprint"]
         self.instructions = Instructions(read_instructions(self.directory / INSTRUCTIONS_FILE))
-        self._files: dict[int, int] = {}
+        self._files: dict[int, mmap.mmap] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self.directory}
@@ -59,6 +61,11 @@ class Shards:
     def _columns(self) -> dict[str, np.ndarray]:
         names = ("id", "shard", "offset", "size", "image_offset", "image_size", "modality")
         return {name: self._index[name].to_numpy() for name in names}
+
+    @cached_property
+    def _tasks(self) -> np.ndarray:
+        tasks: np.ndarray = self._index["task"].to_numpy(zero_copy_only=False).astype(str)
+        return tasks
 
     @cached_property
     def candidate_rows(self) -> np.ndarray:
@@ -78,12 +85,13 @@ class Shards:
 
     def tasks(self, split: str) -> list[Task]:
         """The tasks that have queries in a split, in canonical order."""
-        names = {name.removesuffix(f"/{split}") for name in self.manifest["counts"]["queries"] if name.endswith(f"/{split}")}
+        counts, suffix = self.manifest["counts"]["queries"], f"/{split}"
+        names = (name.removesuffix(suffix) for name in counts if name.endswith(suffix))
         return [Task.parse(name) for name in sorted(names, key=task_order)]
 
     def task_names(self, rows: np.ndarray) -> np.ndarray:
         """``(Q,)`` task name of each query row."""
-        names: np.ndarray = self._index["task"].take(rows).to_numpy(zero_copy_only=False)
+        names: np.ndarray = self._tasks[rows]
         return names
 
     def positives(self, rows: np.ndarray) -> list[list[int]]:
@@ -120,7 +128,7 @@ class Shards:
             instruct: From (qid, query modality, task) to an instruction; by default the first of those that fit.
         """
         record, image = self._read(row)
-        task = Task.parse(self._index["task"][row].as_py())
+        task = Task.parse(self._tasks[row])
         modality = list(Modality)[self._columns["modality"][row]]
         instruction = (instruct or self.instructions.fixed)(record["qid"], modality, task)
         item = Item(record["query_txt"] or None, image)
@@ -160,8 +168,10 @@ class Shards:
             mine = rows[names == task.name]
             positives = self.positives(mine)
             ids = torch.from_numpy(self.query_ids(mine))
-            read = _Rows(mine, partial(self.query_at, instruct=partial(self.instructions.fixed, index=instruction_index)))
-            sets.append(QuerySet(task, ids, positives, read, f"{self.fingerprint}/{split}/{task.name}/{instruction_index}"))
+            instruct = partial(self.instructions.fixed, index=instruction_index)
+            queries = _Rows(mine, partial(self.query_at, instruct=instruct))
+            made_of = f"{self.fingerprint}/{split}/{task.name}/{instruction_index}"
+            sets.append(QuerySet(task, ids, positives, queries, made_of))
         return sets
 
     def _read(self, row: int) -> tuple[dict[str, Any], bytes | None]:
@@ -172,12 +182,13 @@ class Shards:
         return record, self._bytes(shard, int(columns["image_offset"][row]), size) if size else None
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        name = self.directory / self.manifest["shards"][shard]["file"]
         if shard not in self._files:
-            self._files[shard] = os.open(self.directory / self.manifest["shards"][shard]["file"], os.O_RDONLY)
-        # pread keeps no position, so threads and forked workers may share the file.
-        data = os.pread(self._files[shard], size, offset)
+            with open(name, "rb") as file:
+                # Mapped, not read: no position to share among threads and forked workers, no system call a record.
+                self._files[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = self._files[shard][offset : offset + size]
         if len(data) != size:
-            name = self.directory / self.manifest["shards"][shard]["file"]
             raise UserInputError(f"{name} ends before byte {offset + size}; it is truncated: make the shards again")
         return data
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextModel
@@ -9,7 +11,7 @@ from transformers import LlavaNextConfig, LlavaNextModel
 
 def image_positions(config: LlavaNextConfig) -> int:
     """Positions of one picture: the patches of its global view and one ``image_newline`` after them."""
-    vision = config.vision_config
+    vision: Any = config.vision_config
     class_token = config.vision_feature_select_strategy == "full"
     return int((vision.image_size // vision.patch_size) ** 2 + class_token + 1)
 

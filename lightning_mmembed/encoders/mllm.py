@@ -42,6 +42,9 @@ class MLLMEncoder(nn.Module):
         bidirectional: Let every token attend to every other, as MM-Embed does; otherwise attention stays causal.
     """
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(
         self,
         backbone: LlavaNextModel,
@@ -98,7 +101,7 @@ class MLLMEncoder(nn.Module):
         given = {"pooling": pooling, "bidirectional": bidirectional, "max_length": max_length}
         settings |= {key: value for key, value in given.items() if value is not None}
         backbone = AutoModel.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
-        pictures = AutoImageProcessor.from_pretrained(path, backend="pil")
+        pictures: Any = AutoImageProcessor.from_pretrained(path, backend="pil")  # type: ignore[no-untyped-call]
         processor = _build_processor(path, config, pictures, settings["max_length"], length_buckets)
         encoder = cls(
             backbone,
@@ -179,9 +182,7 @@ class MLLMEncoder(nn.Module):
         """Encode candidates, which get no instruction; see :meth:`encode_query`."""
         return self.encode([to_item(item) for item in items], batch_size, show_progress_bar)
 
-    def encode(
-        self, entries: Sequence[Query | Item], batch_size: int = 32, show_progress_bar: bool = False
-    ) -> Tensor:
+    def encode(self, entries: Sequence[Query | Item], batch_size: int = 32, show_progress_bar: bool = False) -> Tensor:
         """Encode queries and candidates, each with its own instruction; see :meth:`encode_query`."""
         starts = track(range(0, len(entries), batch_size), "encoding", disable=not show_progress_bar)
         vectors = [self.encode_inputs(self.processor(entries[start : start + batch_size])) for start in starts]
@@ -195,6 +196,21 @@ class MLLMEncoder(nn.Module):
         vectors: Tensor = self(inputs.to(self.image_mean.device)).cpu()
         self.train(was_training)
         return vectors
+
+
+def encoder_of(module: nn.Module) -> MLLMEncoder:
+    """The encoder of a module that trains one.
+
+    Raises:
+        UserInputError: If the module has no attribute ``encoder``, or another kind of object there.
+    """
+    encoder = getattr(module, "encoder", None)
+    if not isinstance(encoder, MLLMEncoder):
+        raise UserInputError(
+            f"{type(module).__name__}.encoder is {type(encoder).__name__}; the datamodule and the callbacks need a "
+            "module with an MLLMEncoder there, such as RetrievalModule"
+        )
+    return encoder
 
 
 def to_item(value: ItemLike) -> Item:
@@ -215,7 +231,9 @@ def to_item(value: ItemLike) -> Item:
         return Item(image=value)
     if isinstance(value, tuple) and len(value) == 2:
         return Item(image=value[0], text=value[1])
-    raise UserInputError(f"item={value!r} is a {type(value).__name__}; give a str, a PIL image or an (image, text) pair")
+    raise UserInputError(
+        f"item={value!r} is a {type(value).__name__}; give a str, a PIL image or an (image, text) pair"
+    )
 
 
 def _load_config(path: str) -> LlavaNextConfig:
@@ -223,7 +241,8 @@ def _load_config(path: str) -> LlavaNextConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserInputError(
-            f"checkpoint {path!r} cannot be read: {error}. Give a directory with config.json and *.safetensors, or a hub id"
+            f"checkpoint {path!r} cannot be read: {error}. Give a directory with config.json and *.safetensors, or a "
+            "hub id"
         ) from error
     if not isinstance(config, LlavaNextConfig):
         raise UserInputError(f"checkpoint {path!r} has model_type={config.model_type!r}; supported is 'llava_next'")
@@ -231,14 +250,15 @@ def _load_config(path: str) -> LlavaNextConfig:
 
 
 def _build_processor(
-    path: str, config: LlavaNextConfig, pictures: BaseImageProcessor, max_length: int, length_buckets: int
+    path: str, config: LlavaNextConfig, pictures: Any, max_length: int, length_buckets: int
 ) -> ItemProcessor:
     tokenizer = AutoTokenizer.from_pretrained(path)
+    vision: Any = config.vision_config
     return ItemProcessor(
         tokenizer,
-        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+        image_token=str(tokenizer.convert_ids_to_tokens(config.image_token_id)),
         image_tokens=image_positions(config),
-        image_size=config.vision_config.image_size,
+        image_size=vision.image_size,
         resample=int(pictures.resample),
         max_length=max_length,
         length_buckets=length_buckets,

@@ -63,9 +63,10 @@ class LatentAttentionPooling(nn.Module):
         return pooled
 
     def _attend(self, states: Tensor) -> Tensor:
-        key, value = self.to_kv(self.latent_norm(self.latents)).chunk(2, dim=-1)
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3) for x in (self.to_q(states), key, value))
-        out = F.scaled_dot_product_attention(query, key.expand(len(query), -1, -1, -1), value.expand(len(query), -1, -1, -1))
+        parts = (self.to_q(states), *self.to_kv(self.latent_norm(self.latents)).chunk(2, dim=-1))
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3) for x in parts)
+        key, value = (x.expand(len(query), -1, -1, -1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value)
         attended: Tensor = self.to_out(out.transpose(-2, -3).flatten(-2))
         return attended
 

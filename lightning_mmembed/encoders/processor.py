@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lightning_mmembed.encoders.prompts import Prompt, render
 from lightning_mmembed.errors import UserInputError
@@ -35,8 +35,8 @@ class Bucket:
 
     def to(self, device: torch.device | str) -> Bucket:
         """Copy to a device."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return Bucket(*(v if v is None else v.to(device, non_blocking=True) for v in values))
+        pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
+        return Bucket(self.input_ids.to(device), self.attention_mask.to(device), self.pool_mask.to(device), pixels)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ItemProcessor:
     aspect ratio not kept, nothing cropped. Texts that spell out a special token are taken as plain text.
 
     Args:
-        tokenizer: A fast tokenizer with an EOS token; BOS is used where there is one.
+        tokenizer: A fast tokenizer of transformers with an EOS token; BOS is used where there is one.
         image_token: The token of an image position.
         image_tokens: Number of positions of a picture.
         image_size: Side of the resized picture in pixels.
@@ -77,7 +77,7 @@ class ItemProcessor:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         image_token: str,
         image_tokens: int,
         image_size: int,
@@ -143,9 +143,7 @@ class ItemProcessor:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
-    def _bucket(
-        self, rows: np.ndarray, items: Sequence[Item], tokens: list[list[int]], pool_from: list[int]
-    ) -> Bucket:
+    def _bucket(self, rows: np.ndarray, items: Sequence[Item], tokens: list[list[int]], pool_from: list[int]) -> Bucket:
         longest = max((len(tokens[row]) for row in rows), default=0)
         input_ids = torch.full((len(rows), longest), self._pad)
         attention_mask = torch.zeros_like(input_ids)

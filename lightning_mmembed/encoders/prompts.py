@@ -1,13 +1,13 @@
-"""The prompts of MM-Embed, as its released code writes them (``encode`` of ``modeling_nvmmembed.py``).
+r"""The prompts of MM-Embed, as its released code writes them (``encode`` of ``modeling_nvmmembed.py``).
 
 ==========================  ==========================================================
-query with an instruction   ``Instruct: {instruction}\\nQuery: <image>\\n{text}``
-query without               ``Query: <image>\\n{text}``
-candidate                   ``<image>\\n{text}``
+query with an instruction   ``Instruct: {instruction}\nQuery: <image>\n{text}``
+query without               ``Query: <image>\n{text}``
+candidate                   ``<image>\n{text}``
 ==========================  ==========================================================
 
-``<image>\\n`` is left out of an item without a picture. The tokens of ``Instruct: {instruction}\\n`` are attended to, but
-left out of the pool; those of ``Query: `` are pooled.
+``<image>\n`` is left out of an item without a picture. The tokens of ``Instruct: {instruction}\n`` are attended to,
+but left out of the pool; those of ``Query: `` are pooled.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Prompt:
 
 
 def render(entry: Query | Candidate | Item) -> Prompt:
-    """Write the prompt of a query or a candidate; a bare item is a candidate.
+    r"""Write the prompt of a query or a candidate; a bare item is a candidate.
 
     Example:
         >>> render(Query(Item("a red bus"), instruction="Find a picture."))
-        Prompt(before='Instruct: Find a picture.\\nQuery: a red bus', after='', pool_from=26)
+        Prompt(before='Instruct: Find a picture.\nQuery: a red bus', after='', pool_from=26)
     """
     item = entry if isinstance(entry, Item) else entry.item
     head, pool_from = "", 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,7 +31,8 @@ class Corpus(Protocol):
 
     fingerprint: str
 
-    def __iter__(self) -> Any: ...
+    def __iter__(self) -> Iterator[str]:
+        """The texts."""
 
 
 def tiny_encoder(path: str | Path, corpus: Corpus, architecture: dict[str, Any], **encoder: Any) -> MLLMEncoder:
@@ -108,7 +109,7 @@ def build_tiny_llava_next(
         num_key_value_heads=num_heads,
         max_position_embeddings=1024,
         sliding_window=None,
-        # The width-scaled deviation at which a model this narrow learns at once; 0.02 is meant for wide ones.
+        # 0.02, the default, is meant for wide models: the deviation goes with one over the root of the width.
         initializer_range=hidden_size**-0.5 / 2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -117,7 +118,7 @@ def build_tiny_llava_next(
     config = LlavaNextConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
         image_grid_pinpoints=[[image_size, image_size]],
         image_seq_length=(image_size // patch_size) ** 2,
         vision_feature_layer=-1,  # a second-last layer, as in large towers, would leave the last one untrained
@@ -141,7 +142,7 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -156,7 +157,7 @@ def _tiny_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_s
         crop_size={"height": image_size, "width": image_size},
         image_grid_pinpoints=[[image_size, image_size]],
     )
-    return LlavaNextProcessor(
+    return LlavaNextProcessor(  # type: ignore[no-untyped-call]
         pictures,
         tokenizer,
         patch_size=patch_size,

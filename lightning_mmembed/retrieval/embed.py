@@ -7,12 +7,13 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_mmembed.encoders.mllm import MLLMEncoder
 from lightning_mmembed.files import fingerprint, replacing
@@ -66,7 +67,12 @@ class VectorStore:
         self.show_progress = show_progress
 
     def embed(
-        self, encoder: MLLMEncoder, entries: Sequence[Query] | Sequence[Candidate], content: str, made_by: str, label: str
+        self,
+        encoder: MLLMEncoder,
+        entries: Sequence[Query] | Sequence[Candidate],
+        content: str,
+        made_by: str,
+        label: str,
     ) -> Tensor:
         """The vectors of some entries: read where they are already there, computed where not.
 
@@ -116,8 +122,9 @@ class VectorStore:
         with Progress(disable=not self.show_progress or self.rank > 0) as progress:
             bar = progress.add_task(label, total=sum(sizes.values()))
             for n, (start, path) in parts.items():
-                batches: DataLoader[Query | Candidate] = DataLoader(
-                    _Slice(entries, start, sizes[n]),
+                part: Subset[Any] = Subset(cast(Any, entries), range(start, start + sizes[n]))
+                batches = DataLoader(
+                    part,
                     batch_size=self.batch_size,
                     collate_fn=encoder.processor,
                     num_workers=self.num_workers,
@@ -128,16 +135,3 @@ class VectorStore:
                     progress.advance(bar, len(inputs))
                 with replacing(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, torch.cat(vectors).numpy().astype(self.dtype))
-
-
-class _Slice(Sequence[Query | Candidate]):
-    """A stretch of a sequence, read when asked for."""
-
-    def __init__(self, entries: Sequence[Query] | Sequence[Candidate], start: int, size: int) -> None:
-        self._entries, self._start, self._size = entries, start, size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: int) -> Query | Candidate:  # type: ignore[override]
-        return self._entries[self._start + index]

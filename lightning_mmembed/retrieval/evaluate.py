@@ -1,4 +1,4 @@
-"""Retrieval evaluation: rank the union pool and every local pool for the queries of each task, and score the ranking."""
+"""Retrieval evaluation: rank the union and the local pools for the queries of each task, and score the ranking."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RetrievalResult:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The content of ``metrics.json``: pool, then ``tasks`` and ``average`` (over tasks), then shares from 0 to 1."""
+        """The content of ``metrics.json``: pool, then ``tasks`` and their ``average``, then shares from 0 to 1."""
         report: dict[str, Any] = {}
         for name, result in self.tasks.items():
             for pool, values in result.values.items():
@@ -57,14 +57,15 @@ class RetrievalResult:
 
     @property
     def modality_matrix(self) -> dict[str, dict[str, int]]:
-        """``[wanted][got]``: number of queries by wanted modality and modality of the first result in the union pool."""
+        """``[wanted][got]``: number of queries by wanted modality and modality of the first union result."""
         names = [m.value for m in Modality]
         matrix = {wanted: dict.fromkeys(names, 0) for wanted in names}
         for result in self.tasks.values():
             first = result.rankings["union"].rows[:, 0]
             row = matrix[result.queries.task.target_modality.value]
-            for code, count in zip(*self.pool.modalities[first[first >= 0]].unique(return_counts=True), strict=True):
-                row[names[int(code)]] += int(count)
+            got = self.pool.modalities[first[first >= 0]].long()
+            for name, count in zip(names, torch.bincount(got, minlength=len(names)).tolist(), strict=True):
+                row[name] += count
         return matrix
 
 

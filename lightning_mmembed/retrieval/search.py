@@ -60,7 +60,7 @@ def exact_search(
         raise ValueError(f"queries have {queries.shape[1]} dimensions and the pool {pool.shape[1]}")
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
-    blocks = [_search_block(block.float(), pool, k, subsets, pool_block) for block in queries.split(query_block)]
+    blocks = [_search_block(block.float(), pool, k, subsets, pool_block) for block in torch.split(queries, query_block)]
     if not blocks:
         empty = Ranking(queries.new_zeros(0, k, dtype=torch.float32), queries.new_zeros(0, k, dtype=torch.long))
         return [empty for _ in subsets]
