@@ -13,11 +13,19 @@ PREFIX = "encoder."
 
 
 def load_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> None:
-    """Load the weights that a :class:`RetrievalModule` was saved with; nothing in the file is executed.
+    """Load the weights that a :class:`RetrievalModule` was saved with; see :func:`read_encoder_weights`."""
+    encoder.load_state_dict(read_encoder_weights(encoder, ckpt_path))
+
+
+def read_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> dict[str, torch.Tensor]:
+    """Read the weights that a :class:`RetrievalModule` was saved with; nothing in the file is executed.
 
     Args:
-        encoder: The encoder to fill.
+        encoder: The encoder that they must fit.
         ckpt_path: A ``.ckpt`` file of the Trainer.
+
+    Returns:
+        The weights by their names in the encoder.
 
     Raises:
         UserInputError: If there is no such file, or it was trained with another architecture.
@@ -30,7 +38,7 @@ def load_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> None:
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... on foreign files
         raise UserInputError(f"ckpt_path={str(ckpt_path)!r} is no checkpoint of this package: {error}") from error
     check_architecture(encoder, state, path)
-    encoder.load_state_dict({key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)})
+    return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
 
 
 def check_architecture(encoder: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:

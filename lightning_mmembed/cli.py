@@ -38,8 +38,12 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The logged metrics, and the objects by name: datamodule, module, callbacks, trainer.
     """
+    from lightning_mmembed.checkpoints import read_encoder_weights
+
     objects = build(cfg)
     trainer, module, datamodule = objects["trainer"], objects["module"], objects["datamodule"]
+    if cfg.ckpt_path is not None:
+        read_encoder_weights(module.encoder, cfg.ckpt_path)  # the Trainer's own errors name neither key nor remedy
     metrics: dict[str, float] = {}
     if cfg.train:
         trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path)

@@ -50,13 +50,15 @@ def building_directory(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary.chmod(0o755)
+    old = temporary.with_suffix(".old.tmp")
     try:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
+        if path.exists():  # moved away whole: deleting it in place could be cut short and leave a part of it
+            path.rename(old)
         temporary.rename(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def locked(path: str | Path) -> FileLock:

@@ -134,7 +134,10 @@ def encode_id(name: str) -> int:
         UserInputError: If the id is not two integers joined by a colon.
     """
     dataset, _, number = str(name).partition(":")
-    if not (dataset.isdecimal() and number.isdecimal() and int(number) < _ID_BASE):
+    in_range = (
+        dataset.isdecimal() and number.isdecimal() and int(dataset) < 2**63 // _ID_BASE and int(number) < _ID_BASE
+    )
+    if not in_range:
         raise UserInputError(f"id={name!r} is malformed; write '<dataset id>:<number>', such as '9:24809'")
     return int(dataset) * _ID_BASE + int(number)
 

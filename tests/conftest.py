@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before any import of transformers or huggingface_hub, which read it once: no test can reach a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from worlds import ARCHITECTURE, write_pets
 
 # What pytest, torch and Lightning set themselves; it is put back all the same.
 ENVIRONMENT_OF_OTHERS = frozenset(
@@ -58,3 +60,28 @@ def number_of_threads_stays_as_it_was() -> Iterator[None]:
     after = torch.get_num_threads()
     torch.set_num_threads(before)
     assert after == before, f"the test left torch with {after} threads in place of {before}"
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset in M-BEIR's layout; tests that change it write their own with :func:`worlds.write_pets`."""
+    return write_pets(tmp_path_factory.mktemp("world") / "source")
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_source: Path) -> Path:
+    """The shards of the small dataset."""
+    from lightning_mmembed.data import shard_dataset
+
+    return shard_dataset(tiny_source, tiny_source.parent / "shards")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_shards: Path) -> Path:
+    """A random-weight LLaVA-NeXT checkpoint whose tokenizer learned from the small dataset; read-only."""
+    from lightning_mmembed.data import ShardTexts
+    from lightning_mmembed.encoders.tiny import tiny_encoder
+
+    path = tiny_shards.parent / "checkpoint"
+    tiny_encoder(path, ShardTexts(tiny_shards), ARCHITECTURE)
+    return path

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from lightning_mmembed.callbacks.vectors import vector_store
+from lightning_mmembed.callbacks.access import datamodule_of, output_directory, vector_store
 from lightning_mmembed.encoders.mllm import encoder_of
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
@@ -83,7 +83,7 @@ class RetrievalEvaluation(Callback):
         self._write(trainer, "test", result)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, split: str) -> RetrievalResult:
-        shards = trainer.datamodule.shards  # type: ignore[attr-defined]
+        shards = datamodule_of(trainer).shards
         store = vector_store(trainer, self.dirpath, **self._store)
         encoder = encoder_of(pl_module)
         store.prune(encoder_fingerprint(encoder))
@@ -112,7 +112,7 @@ class RetrievalEvaluation(Callback):
     def _write(self, trainer: Trainer, split: str, result: RetrievalResult) -> None:
         if not trainer.is_global_zero:
             return
-        directory = Path(self.dirpath or trainer.default_root_dir)
+        directory = output_directory(trainer, self.dirpath)
         write_metrics(directory / "metrics.json", result)
         write_runs(directory / "runs", result, "mmembed")
         console = Console()

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_mmembed.callbacks.vectors import vector_store
+from lightning_mmembed.callbacks.access import datamodule_of, output_directory, vector_store
 from lightning_mmembed.checkpoints import load_encoder_weights
 from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.data.negatives import write_negatives
@@ -99,14 +99,13 @@ class HardNegativeMining(Callback):
             self._mine(trainer, encoder_of(pl_module))
 
     def _mine(self, trainer: Trainer, encoder: MLLMEncoder) -> None:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = datamodule_of(trainer)
         made_by = encoder_fingerprint(encoder)
         store = vector_store(trainer, self.dirpath, **self._store)
         store.prune(made_by)
         pool, queries = datamodule.shards.pool(TRAIN_POOL), datamodule.shards.query_sets("train")
         columns, audit = mine_negatives(encoder, pool, queries, store, made_by, self.k, self.k_prime)
-        directory = Path(self.dirpath or trainer.default_root_dir)
-        path = directory / f"negatives-{len(self.versions) + 1}.parquet"
+        path = output_directory(trainer, self.dirpath) / f"negatives-{len(self.versions) + 1}.parquet"
         if trainer.is_global_zero:
             write_negatives(path, columns, fingerprint(made_by, pool.fingerprint, self.k, self.k_prime), audit)
             totals = {name: sum(task[name] for task in audit.values()) for name in next(iter(audit.values()))}

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from lightning_mmembed.callbacks.access import output_directory
 from lightning_mmembed.callbacks.evaluation import RetrievalEvaluation
 from lightning_mmembed.callbacks.mining import HardNegativeMining
 from lightning_mmembed.retrieval.report import Stage, write_report
@@ -74,7 +75,7 @@ class RunReport(Callback):
         minings = mining.versions if mining else []
         during_fit = [e for e in evaluation.evaluations if e["split"] == "val"]
         path = write_report(
-            Path(self.dirpath or trainer.default_root_dir) / "report.html",
+            output_directory(trainer, self.dirpath) / "report.html",
             title=self.title,
             metrics=evaluation.result.metrics,
             history=self._rows(during_fit, minings),

@@ -116,6 +116,8 @@ class MBEIRDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             fixed=fixed,
         )
+        # A resumed Trainer draws the first iterator before it tells the sampler the epoch.
+        plan.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         batches = TrainingBatches(
             self.shards,
             rows,

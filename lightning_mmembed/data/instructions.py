@@ -34,9 +34,17 @@ class Instructions:
         return self._prompts[key]
 
     def fixed(self, qid: str, query_modality: Modality, task: Task, index: int = 0) -> str:
-        """The prompt at a fixed place, for evaluation; the last one where there are fewer."""
+        """The prompt at a fixed place, for evaluation.
+
+        Raises:
+            UserInputError: If there are fewer prompts, or none.
+        """
         choices = self.choices(qid, query_modality, task)
-        return choices[min(index, len(choices) - 1)]
+        if not 0 <= index < len(choices):
+            raise UserInputError(
+                f"instruction_index={index}: {task.name} has {len(choices)} prompts; choose a lower one"
+            )
+        return choices[index]
 
     def draw(self, qid: str, query_modality: Modality, task: Task, seed: int, epoch: int) -> str:
         """A prompt that is a pure function of (seed, epoch, qid), for training."""

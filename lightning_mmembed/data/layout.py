@@ -171,8 +171,8 @@ def read_instructions(path: Path) -> dict[tuple[int, Modality, Modality], tuple[
 
 
 def _records(path: Path, build: Any) -> Iterator[Any]:
-    # Lines end at \n alone: str.splitlines() would cut a text at U+2028 or U+0085.
-    with open(path, encoding="utf-8", newline="\n") as file:
+    # Bytes: lines end at \n alone, not at U+2028 or U+0085, and one that is not UTF-8 is one bad record.
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -180,6 +180,8 @@ def _records(path: Path, build: Any) -> Iterator[Any]:
                 yield build(json.loads(line))
             except json.JSONDecodeError as error:
                 yield BadRecord(f"{path}:{number}", f"not JSON ({error.msg})")
+            except UnicodeDecodeError as error:
+                yield BadRecord(f"{path}:{number}", f"not UTF-8 ({error.reason})")
             except (UserInputError, KeyError, TypeError) as error:
                 reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
                 yield BadRecord(f"{path}:{number}", reason)
@@ -187,27 +189,34 @@ def _records(path: Path, build: Any) -> Iterator[Any]:
 
 def _candidate(record: dict[str, Any]) -> CandidateRecord:
     encode_id(record["did"])
-    modality, image = Modality.parse(record["modality"]), record.get("img_path")
+    modality, image = Modality.parse(record["modality"]), _text(record, "img_path")
     _check_image(modality, image, "img_path")
-    return CandidateRecord(record["did"], format_text(record.get("txt")), image, modality)
+    return CandidateRecord(record["did"], format_text(_text(record, "txt")), image, modality)
 
 
 def _query(record: dict[str, Any], dataset: str) -> QueryRecord:
     encode_id(record["qid"])
-    modality, image = Modality.parse(record["query_modality"]), record.get("query_img_path")
+    modality, image = Modality.parse(record["query_modality"]), _text(record, "query_img_path")
     _check_image(modality, image, "query_img_path")
     positives = tuple(record.get("pos_cand_list") or ())
     for did in positives:
         encode_id(did)
     return QueryRecord(
         record["qid"],
-        format_text(record.get("query_txt")),
+        format_text(_text(record, "query_txt")),
         image,
         modality,
         Task(dataset, record["task_id"]),
         positives,
         tuple(record.get("neg_cand_list") or ()),
     )
+
+
+def _text(record: dict[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserInputError(f"{key}={value!r} is no text; write a string or null")
+    return value
 
 
 def _check_image(modality: Modality, image: str | None, key: str) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from lightning_mmembed.data.instructions import draw
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import replacing
+from lightning_mmembed.items import decode_id
 from lightning_mmembed.mining import WRONG_CONTENT, WRONG_MODALITY
 
 KINDS = (WRONG_MODALITY, WRONG_CONTENT)
@@ -107,6 +108,11 @@ def draw_negatives(
             if did not in positives:
                 drawn.append(did)
                 break
-        else:
-            raise UserInputError(f"query {qid}: every candidate of the training pool is a labelled positive of it")
+        else:  # a small pool, most of it positives
+            free = pool[~np.isin(pool, positives)]
+            if not len(free):
+                raise UserInputError(
+                    f"query {decode_id(qid)}: every candidate of the training pool is a labelled positive of it"
+                )
+            drawn.append(int(free[draw(len(free), seed, epoch, "random", qid, i)]))
     return drawn

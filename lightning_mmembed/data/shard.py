@@ -157,8 +157,10 @@ class _Writer:
                 self._leave_out(name, f"picture {record.image} {reason}")
 
     def _leave_out(self, where: str, reason: str) -> None:
-        log.warning("left out %s: %s", where, reason)
-        self.bad.append({"record": where, "reason": reason})
+        entry = {"record": where, "reason": reason}
+        if entry not in self.bad:  # a candidate may stand in several pools
+            log.warning("left out %s: %s", where, reason)
+            self.bad.append(entry)
 
     def _picture_problem(self, image: str | None) -> str | None:
         if image is None:
@@ -189,12 +191,13 @@ class _Writer:
                 if split == "train":
                     reachable = any(TRAIN_POOL in pools.get(encode_id(did), ()) for did in positives)
                 else:
-                    reachable = any(pools.get(encode_id(did)) for did in positives)
+                    names = (name for did in positives for name in pools.get(encode_id(did), ()))
+                    reachable = any(name.endswith(f"/{split}") for name in names)
                 if not reachable and split == "train":
                     self._leave_out(f"{path}: {query.qid}", f"no positive of {list(positives)} is in the training pool")
                     continue
                 if not reachable:  # it counts, as a query that no retriever can answer
-                    log.warning("%s query %s has no positive in any pool; it will score 0", split, query.qid)
+                    log.warning("%s query %s: no positive is in a pool of its split; it scores 0", split, query.qid)
                     self.unreachable.append(f"{split} {query.qid}")
                 yield query
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -186,8 +187,9 @@ class Shards:
         if shard not in self._files:
             with open(name, "rb") as file:
                 # Mapped, not read: no position to share among threads and forked workers, no system call a record.
-                self._files[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        data = self._files[shard][offset : offset + size]
+                if os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
+                    self._files[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = self._files[shard][offset : offset + size] if shard in self._files else b""
         if len(data) != size:
             raise UserInputError(f"{name} ends before byte {offset + size}; it is truncated: make the shards again")
         return data

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, LlavaNextConfig, LlavaNextModel
@@ -100,9 +102,14 @@ class MLLMEncoder(nn.Module):
             settings |= json.loads(saved.read_text())
         given = {"pooling": pooling, "bidirectional": bidirectional, "max_length": max_length}
         settings |= {key: value for key, value in given.items() if value is not None}
-        backbone = AutoModel.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
-        pictures: Any = AutoImageProcessor.from_pretrained(path, backend="pil")  # type: ignore[no-untyped-call]
-        processor = _build_processor(path, config, pictures, settings["max_length"], length_buckets)
+        with _reading(path):
+            backbone = AutoModel.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+            pictures: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                path, backend="pil", trust_remote_code=False
+            )
+            processor = _build_processor(path, config, pictures, settings["max_length"], length_buckets)
         encoder = cls(
             backbone,
             processor,
@@ -236,14 +243,22 @@ def to_item(value: ItemLike) -> Item:
     )
 
 
-def _load_config(path: str) -> LlavaNextConfig:
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Name the checkpoint in what transformers raises on an absent, foreign or broken one."""
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserInputError(
             f"checkpoint {path!r} cannot be read: {error}. Give a directory with config.json and *.safetensors, or a "
             "hub id"
         ) from error
+
+
+def _load_config(path: str) -> LlavaNextConfig:
+    with _reading(path):
+        # False, not the default: transformers would ask whether to run the code of a checkpoint, and run it on a yes.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not isinstance(config, LlavaNextConfig):
         raise UserInputError(f"checkpoint {path!r} has model_type={config.model_type!r}; supported is 'llava_next'")
     return config
@@ -252,7 +267,7 @@ def _load_config(path: str) -> LlavaNextConfig:
 def _build_processor(
     path: str, config: LlavaNextConfig, pictures: Any, max_length: int, length_buckets: int
 ) -> ItemProcessor:
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     vision: Any = config.vision_config
     return ItemProcessor(
         tokenizer,

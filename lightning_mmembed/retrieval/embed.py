@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,8 @@ def encoder_fingerprint(encoder: MLLMEncoder) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     processor = encoder.processor
-    settings = [encoder.settings, processor.max_length, processor.image_size, processor.resample]
+    pictures = [processor.image_size, processor.resample, encoder.image_mean.tolist(), encoder.image_std.tolist()]
+    settings = [version("lightning-mmembed"), encoder.settings, processor.max_length, pictures]
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
     return fingerprint(digest.hexdigest(), settings, hashlib.sha256(tokenizer.encode()).hexdigest())
 

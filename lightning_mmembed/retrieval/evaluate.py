@@ -123,7 +123,7 @@ def evaluate_task(
     subsets = {"union": None, "local": pool.local.get(queries.task.name)}
     searched = {name: mask for name, mask in subsets.items() if name == "union" or mask is not None}
     rankings = exact_search(query_vectors, pool_vectors, k, list(searched.values()))
-    n_positives = torch.tensor([len(labelled) for labelled in queries.positives])
+    n_positives = torch.tensor([len(set(labelled)) for labelled in queries.positives])
     values = {}
     for name, ranking in zip(searched, rankings, strict=True):
         judged = judge(ranking, pool, queries.positives, queries.task.target_modality)

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+#: Blocks of the pool are padded to a multiple of this width.
+_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,13 @@ def _search_block(
     best = [
         Ranking(queries.new_full(shape, float("-inf")), torch.full(shape, -1, device=queries.device)) for _ in subsets
     ]
+    # Every product has one shape: matrix libraries sum in an order that depends on it, and equal vectors would then
+    # score differently in the last bit, in a short last block say, and no longer tie.
+    width = min(pool_block, len(pool)) + -min(pool_block, len(pool)) % _WIDTH
     for start in range(0, len(pool), pool_block):
-        scores = queries @ pool[start : start + pool_block].float().T
-        rows = torch.arange(start, start + scores.shape[1], device=scores.device)
+        part = pool[start : start + pool_block].float()
+        scores = (queries @ F.pad(part, (0, 0, 0, width - len(part))).T)[:, : len(part)]
+        rows = torch.arange(start, start + len(part), device=scores.device)
         for i, subset in enumerate(subsets):
             inside = None if subset is None else subset[start : start + pool_block].nonzero().squeeze(1)
             part = scores if inside is None else scores[:, inside]

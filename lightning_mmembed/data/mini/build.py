@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from lightning_mmembed.data.mini.records import Collector
 from lightning_mmembed.data.mini.tasks import collect
 from lightning_mmembed.data.mini.world import DATASET_IDS, seeded
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import building_directory, locked
 from lightning_mmembed.items import MBEIR_TASKS, TASK_MODALITIES, Task, encode_id
 
 #: Raised whenever the same seed starts to give other bytes.
@@ -43,23 +41,17 @@ def generate_mini(out: str | Path, seed: int = 0) -> Path:
         UserInputError: If ``out`` holds something that this function did not write.
     """
     out = Path(out)
-    fingerprint = {"generator": _GENERATOR, "version": GENERATOR_VERSION, "seed": seed}
-    if _stands(out, fingerprint):
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.{uuid.uuid4().hex}"
-    try:
-        tree = work / "new"
-        _write_tree(tree, collect(seed), seed)
-        files = sum(path.is_file() for path in tree.rglob("*"))
-        _write_text(tree / _MARKER, json.dumps({**fingerprint, "files": files}, indent=2) + "\n")
-        _move_in(tree, out, work / "old", fingerprint)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    made_of = {"generator": _GENERATOR, "version": GENERATOR_VERSION, "seed": seed}
+    with locked(out):
+        if not _stands(out, made_of):
+            with building_directory(out) as tree:
+                _write_tree(tree, collect(seed), seed)
+                files = sum(path.is_file() for path in tree.rglob("*"))
+                _write_text(tree / _MARKER, json.dumps({**made_of, "files": files}, indent=2) + "\n")
     return out
 
 
-def _stands(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+def _stands(out: Path, made_of: Mapping[str, Any]) -> bool:
     """Whether ``out`` is the complete tree asked for; an older or damaged tree of ours may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -73,22 +65,9 @@ def _stands(out: Path, fingerprint: Mapping[str, Any]) -> bool:
             f"out={str(out)!r} holds something that the built-in benchmark did not write; "
             "delete it or choose another directory"
         )
-    if any(found.get(key) != value for key, value in fingerprint.items()):
+    if any(found.get(key) != value for key, value in made_of.items()):
         return False
     return bool(found.get("files") == sum(path.is_file() for path in out.rglob("*")) - 1)
-
-
-def _move_in(tree: Path, out: Path, old: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Put the finished tree in place, unless another process was faster."""
-    if _stands(out, fingerprint):
-        return
-    if out.exists():
-        os.rename(out, old)
-    try:
-        os.rename(tree, out)
-    except OSError:
-        if not _stands(out, fingerprint):
-            raise
 
 
 def _write_tree(root: Path, collector: Collector, seed: int) -> None:

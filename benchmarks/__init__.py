@@ -1,0 +1,1 @@
+"""What is measured against a yardstick, as ratios within one run."""

@@ -1,0 +1,207 @@
+"""Mining in a run: when it happens, with which weights, what it writes, and which batches draw from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from worlds import ranking, tiny_module, tiny_trainer
+
+from lightning_mmembed import HardNegativeMining, MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
+from lightning_mmembed.callbacks import RunReport
+from lightning_mmembed.checkpoints import load_encoder_weights
+from lightning_mmembed.data import Shards
+from lightning_mmembed.data.negatives import MinedNegatives
+from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.items import decode_id
+from lightning_mmembed.retrieval.embed import encoder_fingerprint
+
+K, K_PRIME = 20, 6
+
+
+class BatchRecorder(Callback):
+    """Keeps (qid, drawn negatives) of every query by epoch, and the weights before the first step."""
+
+    def __init__(self) -> None:
+        self.negatives: dict[int, list[tuple[int, list[int]]]] = {}
+        self.first_weights: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.first_weights = self.first_weights or {k: v.clone() for k, v in pl_module.state_dict().items()}
+        size = len(batch)
+        drawn = batch.candidate_ids[size:].reshape(size, -1).tolist()
+        rows = self.negatives.setdefault(trainer.current_epoch, [])
+        rows += zip(batch.query_ids.tolist(), drawn, strict=True)
+
+
+def mining(**arguments: Any) -> HardNegativeMining:
+    return HardNegativeMining(k=K, k_prime=K_PRIME, dtype="float32", **arguments)
+
+
+def naive_negatives(
+    encoder: MLLMEncoder, shards: Shards
+) -> tuple[set[tuple[str, str, int, int]], dict[str, dict[str, int]]]:
+    """(qid, did, kind, rank) of the paper's rule, written out over a full sort, and the audit of each task."""
+    pool, rows, audit = list(shards.pool("train").items), set(), {}
+    for queries in shards.query_sets("train"):
+        wanted, counts = queries.task.target_modality, Counter()
+        for query, ranked in zip(queries.queries, ranking(encoder, queries.queries, pool), strict=True):
+            found: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
+            met = False
+            for rank, candidate in enumerate(ranked[:K], 1):
+                positive = candidate.did in query.positives
+                met = met or positive
+                counts["positives_met"] += positive
+                if candidate.item.modality is not wanted and not met:
+                    found[0].append((candidate.did, rank))
+                if candidate.item.modality is wanted and not positive and rank > K_PRIME:
+                    found[1].append((candidate.did, rank))
+            counts["queries"] += 1
+            counts["with_wrong_modality"] += bool(found[0])
+            counts["with_wrong_content"] += bool(found[1])
+            counts["with_none"] += not (found[0] or found[1])
+            rows |= {(query.qid, did, kind, rank) for kind in found for did, rank in found[kind]}
+        audit[queries.task.name] = dict(counts)
+    return rows, audit
+
+
+def mined_rows(path: Path | str) -> set[tuple[str, str, int, int]]:
+    table = pq.read_table(path).to_pylist()
+    return {(decode_id(row["qid"]), decode_id(row["did"]), row["kind"], row["rank"]) for row in table}
+
+
+def test_mining_after_an_epoch_changes_the_negatives_of_the_next(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    recorder, miner = BatchRecorder(), mining(after_epochs=[1, 2])
+    datamodule = MBEIRDataModule(tiny_shards, batch_size=8, negatives_per_query=2)
+    trainer = tiny_trainer(tmp_path, max_epochs=4, callbacks=[recorder, miner], limit_val_batches=0)
+    trainer.fit(tiny_module(tiny_checkpoint), datamodule)
+    assert all(drawn == [] for _, drawn in recorder.negatives[0]), "the first epoch has in-batch negatives only"
+    versions = [MinedNegatives(version["path"]) for version in miner.versions]
+    assert [Path(version["path"]).name for version in miner.versions] == ["negatives-1.parquet", "negatives-2.parquet"]
+    assert [version["step"] for version in miner.versions] == [6, 12]
+    assert versions[0].fingerprint != versions[1].fingerprint
+    for epoch, version in ((1, versions[0]), (2, versions[1]), (3, versions[1])):
+        for qid, drawn in recorder.negatives[epoch]:
+            assert len(drawn) == 2
+            kinds = version.of(qid)
+            if len(kinds[0]) + len(kinds[1]):
+                assert set(drawn) <= {*kinds[0].tolist(), *kinds[1].tolist()}
+    assert datamodule.negatives == tmp_path / "negatives-2.parquet"
+
+
+def test_what_is_mined_equals_a_full_sort_and_the_rule_written_out(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    miner, module = mining(before_fit=True), tiny_module(tiny_checkpoint)
+    made_by = encoder_fingerprint(module.encoder)
+    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[miner], limit_val_batches=0)
+    trainer.fit(module, MBEIRDataModule(tiny_shards, batch_size=8))
+    rows, audit = naive_negatives(tiny_module(tiny_checkpoint).encoder, Shards(tiny_shards))
+    assert mined_rows(miner.versions[0]["path"]) == rows
+    assert {kind for _, _, kind, _ in rows} == {0, 1}
+    found = MinedNegatives(miner.versions[0]["path"])
+    assert found.audit == audit
+    assert miner.versions[0]["audit"] == audit
+    assert len(found.fingerprint) == len(made_by) == 16
+    assert not list(tmp_path.glob("**/.*.tmp"))
+
+
+def test_mining_before_fit_serves_the_first_batch(tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    recorder, miner = BatchRecorder(), mining(before_fit=True)
+    trainer = tiny_trainer(tmp_path, max_epochs=1, callbacks=[recorder, miner], limit_val_batches=0)
+    trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
+    assert all(len(drawn) == 1 for _, drawn in recorder.negatives[0])
+
+
+def test_mining_with_a_checkpoint_uses_its_weights_and_leaves_the_trained_ones_alone(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer = tiny_trainer(tmp_path / "random", max_epochs=2, limit_val_batches=0)
+    trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
+    ckpt_path = tmp_path / "random.ckpt"
+    trainer.save_checkpoint(ckpt_path)
+
+    recorder, miner = BatchRecorder(), mining(before_fit=True, ckpt_path=ckpt_path)
+    module = tiny_module(tiny_checkpoint)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer = tiny_trainer(tmp_path / "hard", max_epochs=1, callbacks=[recorder, miner], limit_val_batches=0)
+    trainer.fit(module, MBEIRDataModule(tiny_shards, batch_size=8))
+    assert all(torch.equal(recorder.first_weights[name], value) for name, value in before.items())
+    rows = mined_rows(miner.versions[0]["path"])
+    encoder = tiny_module(tiny_checkpoint).encoder
+    assert rows != naive_negatives(encoder, Shards(tiny_shards))[0]
+    load_encoder_weights(encoder, ckpt_path)
+    assert rows == naive_negatives(encoder, Shards(tiny_shards))[0]
+
+
+def test_a_trainer_that_would_keep_the_old_negatives_is_refused(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for when in ({"after_epochs": [1]}, {"every_n_epochs": 1}):
+        trainer = tiny_trainer(tmp_path, max_epochs=3, callbacks=[mining(**when)], reload_dataloaders_every_n_epochs=0)
+        with pytest.raises(UserInputError, match=r"reload_dataloaders_every_n_epochs=0 would keep the old negatives"):
+            trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards))
+
+
+def test_a_checkpoint_to_mine_with_needs_mining_before_fit(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match=r"ckpt_path='x.ckpt' is only mined with before fit; set before_fit=True"):
+        HardNegativeMining(ckpt_path="x.ckpt")
+
+
+def test_nothing_is_mined_after_the_last_epoch(tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    miner = mining(every_n_epochs=1)
+    trainer = tiny_trainer(tmp_path, max_epochs=2, callbacks=[miner], limit_val_batches=0)
+    trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=16))
+    assert [path.name for path in tmp_path.glob("*.parquet")] == ["negatives-1.parquet"]
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def fit(shards: Path, checkpoint: Path, directory: Path, ckpt_path: Path | None = None, **arguments: Any) -> Any:
+    """A run of the shipped kind: evaluation, mining after the second epoch, the best and the last checkpoint."""
+    recorder = BatchRecorder()
+    saver = ModelCheckpoint(directory, filename="{epoch}", monitor="val/union/hit@5", mode="max", save_top_k=-1)
+    callbacks = [RetrievalEvaluation(metrics=("hit@5",)), mining(after_epochs=[2]), RunReport(), saver, recorder]
+    module, datamodule = tiny_module(checkpoint), MBEIRDataModule(shards, batch_size=8)
+    trainer = tiny_trainer(directory, max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **arguments)
+    trainer.fit(module, datamodule, ckpt_path=ckpt_path)
+    return module, datamodule, recorder
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize(
+    ("stopped_after", "arguments"),
+    [
+        pytest.param(0, {}, id="before the epoch that is mined after"),
+        pytest.param(1, {}, id="after the epoch that is mined after"),
+        pytest.param(2, {}, id="an epoch later"),
+        pytest.param(
+            1, {"check_val_every_n_epoch": 2}, id="after an epoch that is mined after, saved by its validation"
+        ),
+    ],
+)
+def test_a_resumed_run_takes_up_the_negatives_and_ends_like_one_that_was_not_stopped(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, stopped_after: int, arguments: dict[str, Any]
+) -> None:
+    whole, _, recorded = fit(tiny_shards, tiny_checkpoint, tmp_path, **arguments)
+    ckpt_path = tmp_path / f"epoch={stopped_after}.ckpt"
+    if stopped_after == 2:
+        content = torch.load(ckpt_path, weights_only=True)
+        assert content["MBEIRDataModule"] == {"negatives": str(tmp_path / "negatives-1.parquet")}
+    module, datamodule, recorder = fit(tiny_shards, tiny_checkpoint, tmp_path, ckpt_path, **arguments)
+    assert datamodule.negatives is not None, "the run goes on without mined negatives"
+    assert Path(datamodule.negatives) == tmp_path / "negatives-1.parquet"
+    assert sorted(recorder.negatives) == list(range(stopped_after + 1, 4))
+    for epoch in recorder.negatives:
+        assert recorder.negatives[epoch] == recorded.negatives[epoch], epoch
+    own, theirs = module.state_dict(), whole.state_dict()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
