@@ -271,7 +271,7 @@ def test_a_kill_leaves_the_old_directory_or_the_new_one_never_a_part(tmp_path: P
     with building_directory(path) as directory:
         for name in "abc":
             (directory / name).write_text("old")
-    process = subprocess.run([sys.executable, "-c", KILLED, str(path), point], check=False)
+    process = subprocess.run([sys.executable, "-c", KILLED, str(path), point], cwd=tmp_path, check=False)
     assert process.returncode == -9
     found = {p.name: p.read_text() for p in path.iterdir()}
     assert found in ({}, dict.fromkeys("abc", "old"), dict.fromkeys("abc", "new"))

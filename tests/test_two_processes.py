@@ -1,0 +1,55 @@
+"""Two CPU processes train, mine and evaluate through the command line as one process would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from worlds import ARCHITECTURE
+
+from lightning_mmembed.data import Shards
+from lightning_mmembed.data.negatives import MinedNegatives
+
+pytestmark = pytest.mark.slow  # starts two processes, and a third to compare with
+
+
+def run(command: str, directory: Path, *overrides: str) -> None:
+    main = "import sys; from lightning_mmembed import cli; getattr(cli, sys.argv.pop(1))()"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            main,
+            command,
+            f"paths.output_dir={directory}",
+            f"hydra.run.dir={directory}",
+            *overrides,
+        ],
+        cwd=directory.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def test_two_processes_mine_every_query_and_report_what_one_process_reports(tiny_shards: Path, tmp_path: Path) -> None:
+    pets = [
+        *("data=mbeir", "dataset=pets", "data.source=null", f"data.shards={tiny_shards}"),
+        *(f"model.encoder.architecture.{name}={value}" for name, value in ARCHITECTURE.items()),
+        *(f"paths.root_dir={tmp_path}", "data.batch_size=4", "callbacks.mining.k=12", "callbacks.mining.k_prime=6"),
+    ]
+    two, one = tmp_path / "two", tmp_path / "one"
+    run("train_main", two, *pets, "trainer=ddp_sim", "trainer.max_epochs=2", "callbacks.mining.after_epochs=[1]")
+    run("evaluate_main", one, *pets, f"ckpt_path={two}/checkpoints/best.ckpt")
+    assert json.loads((two / "metrics.json").read_text()) == json.loads((one / "metrics.json").read_text())
+    mined = MinedNegatives(two / "negatives-1.parquet")
+    counted = sum(task["queries"] for task in mined.audit.values())
+    assert counted == len(Shards(tiny_shards).query_rows("train"))
