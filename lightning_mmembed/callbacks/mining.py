@@ -15,7 +15,6 @@ from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.data.negatives import write_negatives
 from lightning_mmembed.encoders.mllm import MLLMEncoder, encoder_of
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.files import fingerprint
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
 from lightning_mmembed.retrieval.mine import mine_negatives
 
@@ -107,7 +106,8 @@ class HardNegativeMining(Callback):
         columns, audit = mine_negatives(encoder, pool, queries, store, made_by, self.k, self.k_prime)
         path = output_directory(trainer, self.dirpath) / f"negatives-{len(self.versions) + 1}.parquet"
         if trainer.is_global_zero:
-            write_negatives(path, columns, fingerprint(made_by, pool.fingerprint, self.k, self.k_prime), audit)
+            made_of = {"encoder": made_by, "pool": pool.fingerprint, "k": self.k, "k_prime": self.k_prime}
+            write_negatives(path, columns, made_of, audit)
             totals = {name: sum(task[name] for task in audit.values()) for name in next(iter(audit.values()))}
             log.info("mined %s into %s", totals, path)
         trainer.strategy.barrier()

@@ -85,6 +85,8 @@ class MBEIRDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[TrainingBatch]:
         """Batches of the training queries, with the mined negatives in use."""
         mined = None if self.negatives is None else MinedNegatives(self.negatives)
+        if mined is not None:
+            mined.check_pool(self.shards.pool(TRAIN_POOL).fingerprint)
         n_negatives = 0 if mined is None else self.negatives_per_query
         return self._dataloader("train", negatives_per_query=n_negatives, mined=mined)
 

@@ -30,16 +30,16 @@ SCHEMA = pa.schema(
 )
 
 
-def write_negatives(path: str | Path, rows: dict[str, Any], made_of: str, audit: dict[str, Any]) -> Path:
+def write_negatives(path: str | Path, rows: dict[str, Any], made_of: dict[str, Any], audit: dict[str, Any]) -> Path:
     """Write a version of mined negatives.
 
     Args:
         path: The Parquet file.
         rows: A column for each name of :data:`SCHEMA`.
-        made_of: Fingerprint of the weights and the pool that they were mined with.
+        made_of: What they were mined with: fingerprints of the ``encoder`` and the ``pool``, and the settings.
         audit: What was counted while mining, kept in the file's metadata.
     """
-    metadata = {"fingerprint": made_of, "audit": json.dumps(audit)}
+    metadata = {"made_of": json.dumps(made_of), "audit": json.dumps(audit)}
     table = pa.table(rows, schema=SCHEMA).replace_schema_metadata(metadata)
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
@@ -62,11 +62,23 @@ class MinedNegatives:
             raise UserInputError(f"negatives={str(path)!r} is missing; mine again, or give the file of another version")
         table = pq.read_table(self.path)
         metadata = table.schema.metadata or {}
-        self.fingerprint = metadata.get(b"fingerprint", b"").decode()
+        self.made_of: dict[str, Any] = json.loads(metadata.get(b"made_of", b"{}"))
         self.audit: dict[str, Any] = json.loads(metadata.get(b"audit", b"{}"))
         columns = {name: table[name].to_numpy() for name in ("qid", "kind", "did")}
         order = np.lexsort((columns["kind"], columns["qid"]))
         self._qid, self._kind, self._did = (columns[name][order] for name in ("qid", "kind", "did"))
+
+    def check_pool(self, pool: str) -> None:
+        """Refuse negatives that were mined in another pool.
+
+        Raises:
+            UserInputError: If the fingerprint of the pool is another.
+        """
+        if self.made_of.get("pool") != pool:
+            raise UserInputError(
+                f"negatives={str(self.path)!r} were mined in another dataset, or before its shards were made anew; "
+                "mine again"
+            )
 
     def of(self, qid: int) -> tuple[np.ndarray, np.ndarray]:
         """The mined ``did`` of a query: those of the wrong modality, those of the wrong content."""

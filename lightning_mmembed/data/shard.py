@@ -177,7 +177,11 @@ class _Writer:
             files += [(TRAIN_POOL, path) for _, path in files]
         for name, path in track(files, "reading pools"):
             for record in self._good(self.layout.candidates(path)):
-                pools.setdefault(encode_id(record.did), (record, set()))[1].add(name)
+                first, names = pools.setdefault(encode_id(record.did), (record, set()))
+                if record == first:
+                    names.add(name)
+                else:
+                    self._leave_out(f"{path}: {record.did}", "stands elsewhere with other content")
         if not pools:
             raise UserInputError(f"{self.layout.source}/cand_pool holds no candidate that can be used")
         return dict(sorted(pools.items()))

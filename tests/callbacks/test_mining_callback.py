@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from worlds import ranking, tiny_module, tiny_trainer
+from worlds import ranking, tiny_module, tiny_trainer, write_pets
 
 from lightning_mmembed import HardNegativeMining, MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
 from lightning_mmembed.callbacks import RunReport
 from lightning_mmembed.checkpoints import load_encoder_weights
-from lightning_mmembed.data import Shards
+from lightning_mmembed.data import Shards, shard_dataset
 from lightning_mmembed.data.negatives import MinedNegatives
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import decode_id
@@ -87,7 +87,7 @@ def test_mining_after_an_epoch_changes_the_negatives_of_the_next(
     versions = [MinedNegatives(version["path"]) for version in miner.versions]
     assert [Path(version["path"]).name for version in miner.versions] == ["negatives-1.parquet", "negatives-2.parquet"]
     assert [version["step"] for version in miner.versions] == [6, 12]
-    assert versions[0].fingerprint != versions[1].fingerprint
+    assert versions[0].made_of["encoder"] != versions[1].made_of["encoder"]
     for epoch, version in ((1, versions[0]), (2, versions[1]), (3, versions[1])):
         for qid, drawn in recorder.negatives[epoch]:
             assert len(drawn) == 2
@@ -110,7 +110,8 @@ def test_what_is_mined_equals_a_full_sort_and_the_rule_written_out(
     found = MinedNegatives(miner.versions[0]["path"])
     assert found.audit == audit
     assert miner.versions[0]["audit"] == audit
-    assert len(found.fingerprint) == len(made_by) == 16
+    assert found.made_of["encoder"] == made_by
+    assert found.made_of["pool"] == Shards(tiny_shards).pool("train").fingerprint
     assert not list(tmp_path.glob("**/.*.tmp"))
 
 
@@ -205,3 +206,15 @@ def test_a_resumed_run_takes_up_the_negatives_and_ends_like_one_that_was_not_sto
         assert recorder.negatives[epoch] == recorded.negatives[epoch], epoch
     own, theirs = module.state_dict(), whole.state_dict()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def test_negatives_that_were_mined_in_another_dataset_are_refused(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    miner = mining(before_fit=True)
+    trainer = tiny_trainer(tmp_path / "first", max_steps=1, callbacks=[miner], limit_val_batches=0)
+    trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
+    other = shard_dataset(write_pets(tmp_path / "source"), tmp_path / "shards")
+    datamodule = MBEIRDataModule(other, batch_size=8, negatives=miner.versions[0]["path"])
+    with pytest.raises(UserInputError, match=r"negatives-1.parquet' were mined in another dataset.*mine again"):
+        tiny_trainer(tmp_path / "second", max_steps=1).fit(tiny_module(tiny_checkpoint), datamodule)

@@ -125,6 +125,14 @@ def test_more_bad_records_than_the_limit_are_an_error_naming_the_first(tmp_path:
     assert [f"jsonl:{49 + n}:" in message for n in range(6)] == [True] * 5 + [False]
 
 
+def test_a_candidate_that_stands_elsewhere_with_other_content_is_named(tmp_path: Path) -> None:
+    source = write_pets(tmp_path / "source")
+    (first, *_) = records = read_lines(source / POOL)
+    write_lines(source / POOL, [*records, {**first, "txt": "Something else"}])
+    with pytest.raises(UserInputError, match=f"{first['did']}: stands elsewhere with other content"):
+        shard_dataset(source, tmp_path / "shards")
+
+
 def test_blank_lines_are_no_records_and_a_line_separator_in_a_text_is_part_of_it(tmp_path: Path) -> None:
     source = write_pets(tmp_path / "source")
     line = '{"did": "77:9", "modality": "text", "txt": "one\u2028two\u0085three", "img_path": null}'

@@ -44,7 +44,7 @@ def mined(tiny_shards: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.Tem
     store = VectorStore(directory, show_progress=False)
     columns, audit = mine_negatives(encoder, shards.pool("train"), shards.query_sets("train"), store, "x", 48, 0)
     assert sum(task["positives_met"] for task in audit.values()) == 60
-    return MinedNegatives(write_negatives(directory / "negatives.parquet", columns, "x", audit))
+    return MinedNegatives(write_negatives(directory / "negatives.parquet", columns, {}, audit))
 
 
 ALL = np.arange(48)
@@ -200,13 +200,13 @@ def write(path: Path, rows: list[tuple[int, int, int]]) -> MinedNegatives:
         "rank": np.arange(1, len(rows) + 1, dtype=np.int16),
         "score": np.linspace(1, 0, len(rows), dtype=np.float32),
     }
-    return MinedNegatives(write_negatives(path, columns, "abc", {"pets_task0": {"queries": 1}}))
+    return MinedNegatives(write_negatives(path, columns, {"encoder": "abc"}, {"pets_task0": {"queries": 1}}))
 
 
 def test_mined_negatives_are_read_as_they_were_written(tmp_path: Path) -> None:
     rows = [(QID, 11, 0), (QID + 1, 12, 1), (QID, 13, 1), (QID, 14, 0), (QID + 2, 15, 0)]
     mined = write(tmp_path / "negatives.parquet", rows)
-    assert (mined.fingerprint, mined.audit) == ("abc", {"pets_task0": {"queries": 1}})
+    assert (mined.made_of, mined.audit) == ({"encoder": "abc"}, {"pets_task0": {"queries": 1}})
     assert KINDS == ("wrong_modality", "wrong_content")
     for qid in range(QID - 1, QID + 4):
         expected = [[did for q, did, k in rows if q == qid and k == kind] for kind in (0, 1)]
