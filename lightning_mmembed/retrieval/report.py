@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import write_atomically
 from lightning_mmembed.items import TASK_MODALITIES, Modality, Task, task_order
 from lightning_mmembed.retrieval.charts import draw_charts
 from lightning_mmembed.retrieval.table import MISSING, percent, task_names
@@ -103,8 +103,8 @@ def write_report(
     """
     sections = _sections(metrics, history, stages, gallery)
     page = _template().render(title=title, facts=facts or {}, config=config, **sections)
-    _replace(Path(path), page)
-    return Path(path)
+    # A lone surrogate in a candidate's text must not cost the report.
+    return write_atomically(path, page.encode(errors="replace"))
 
 
 def picture_uri(data: bytes) -> str | None:
@@ -120,18 +120,6 @@ def picture_uri(data: bytes) -> str | None:
     else:
         return None
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader finds the old content or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A lone surrogate in a candidate's text must not cost the report.
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _template() -> jinja2.Template:
