@@ -115,6 +115,5 @@ class RetrievalEvaluation(Callback):
         directory = output_directory(trainer, self.dirpath)
         write_metrics(directory / "metrics.json", result)
         write_runs(directory / "runs", result, "mmembed")
-        console = Console()
-        console.print(metrics_table(result.metrics, title=f"{split}, union pool of {len(result.pool):,}"))
-        console.print(f"metrics: {directory / 'metrics.json'}\nTREC runs: {directory / 'runs'}")
+        Console().print(metrics_table(result.metrics, title=f"{split}, union pool of {len(result.pool):,}"))
+        print(f"metrics: {directory / 'metrics.json'}\nTREC runs: {directory / 'runs'}")

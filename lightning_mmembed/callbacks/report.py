@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
 from lightning_mmembed.callbacks.access import output_directory
 from lightning_mmembed.callbacks.evaluation import RetrievalEvaluation
@@ -84,7 +83,7 @@ class RunReport(Callback):
             facts={**self.facts, "union pool": f"{len(evaluation.result.pool):,} candidates"},
             config=Path(self.config_file).read_text() if self.config_file else "",
         )
-        Console().print(f"report: {path}")
+        print(f"report: {path}")
 
     def _rows(self, evaluations: list[dict[str, Any]], minings: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = list(self.history)

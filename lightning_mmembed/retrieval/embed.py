@@ -121,7 +121,7 @@ class VectorStore:
     ) -> None:
         sizes = {n: min(PART_SIZE, len(entries) - start) for n, (start, _) in parts.items()}
         # Each rank computes other parts, so nothing in here may wait for another process.
-        with Progress(disable=not self.show_progress or self.rank > 0) as progress:
+        with Progress(disable=not self.show_progress or self.rank > 0, transient=True) as progress:
             bar = progress.add_task(label, total=sum(sizes.values()))
             for n, (start, path) in parts.items():
                 part: Subset[Any] = Subset(cast(Any, entries), range(start, start + sizes[n]))

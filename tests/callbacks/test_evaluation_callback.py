@@ -182,8 +182,9 @@ def test_a_changed_pool_is_computed_again(tiny_checkpoint: Path, tmp_path: Path)
     source, shards = write_pets(tmp_path / "source"), tmp_path / "shards"
     evaluate(tiny_checkpoint, shard_dataset(source, shards), tmp_path)
     (pool,) = source.glob("cand_pool/local/*task1_cand_pool.jsonl")
-    records = read_lines(pool)
-    write_lines(pool, [{**records[0], "txt": "something else altogether"}, *records[1:]])
+    changed = {**read_lines(pool)[0], "txt": "something else altogether"}
+    for path in source.glob("cand_pool/*/*.jsonl"):
+        write_lines(path, [changed if record["did"] == changed["did"] else record for record in read_lines(path)])
     figures = evaluate(tiny_checkpoint, shard_dataset(source, shards), tmp_path)
     assert figures == evaluate(tiny_checkpoint, shards, tmp_path / "fresh")
 
