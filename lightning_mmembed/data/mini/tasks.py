@@ -117,7 +117,7 @@ def _fashion(collector: Collector, side: Side, source: LookSource) -> None:
 
 
 def _common(collector: Collector, side: Side, source: LookSource) -> None:
-    """Look-alikes, changed pictures and captioned pictures, and captions for all three."""
+    """Similar pictures, changed pictures and captioned pictures, and captions for all three."""
     rng = seeded(collector.seed, "common", side.name)
     scenes = source.take(side.pool)
     entries = {look: collector.pictured(side, "nights_task4", look) for look in scenes}
