@@ -21,7 +21,7 @@ class RunReport(Callback):
 
     Args:
         title: Heading of the page.
-        facts: What the reader must know about the run, such as dataset and seed.
+        facts: What the reader must know about the run, such as dataset and seed; one that is None is left out.
         config_file: The run's configuration, shown as it is.
         queries_per_task: Queries of each task in the gallery.
         dirpath: Where the report is written; by default the Trainer's ``default_root_dir``.
@@ -36,7 +36,8 @@ class RunReport(Callback):
         dirpath: str | Path | None = None,
     ) -> None:
         self.title, self.config_file = title, config_file
-        self.facts = {name: str(value) for name, value in (facts or {}).items()}
+        known = {name: value for name, value in (facts or {}).items() if value is not None}
+        self.facts = {n: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for n, v in known.items()}
         self.queries_per_task, self.dirpath = queries_per_task, dirpath
         self.history: list[dict[str, Any]] = []
 
