@@ -8,6 +8,7 @@ share of a query's positives that were found.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,9 @@ def per_query_metrics(
 class RetrievalMean(Metric):
     """Mean of per-query values with two sum states, so that uneven shares of any size synchronise exactly.
 
+    Args:
+        **kwargs: Arguments of :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
+
     Example:
         >>> metric = RetrievalMean()
         >>> metric.update(torch.tensor([1.0, 0.0, 1.0, 1.0]))
@@ -164,8 +168,8 @@ class RetrievalMean(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

@@ -18,20 +18,12 @@ pytestmark = pytest.mark.slow  # starts two processes, and a third to compare wi
 
 
 def run(command: str, directory: Path, *overrides: str) -> None:
-    main = "import sys; from lightning_mmembed import cli; getattr(cli, sys.argv.pop(1))()"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # The console script, not `python -c`: the second process is started with the same command line.
+    script = str(Path(sys.executable).parent / command)
     process = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            main,
-            command,
-            f"paths.output_dir={directory}",
-            f"hydra.run.dir={directory}",
-            *overrides,
-        ],
+        [script, f"paths.output_dir={directory}", f"hydra.run.dir={directory}", *overrides],
         cwd=directory.parent,
-        env=environment,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -44,11 +36,12 @@ def test_two_processes_mine_every_query_and_report_what_one_process_reports(tiny
     pets = [
         *("data=mbeir", "dataset=pets", "data.source=null", f"data.shards={tiny_shards}"),
         *(f"model.encoder.architecture.{name}={value}" for name, value in ARCHITECTURE.items()),
-        *(f"paths.root_dir={tmp_path}", "data.batch_size=4", "callbacks.mining.k=12", "callbacks.mining.k_prime=6"),
+        *(f"paths.root_dir={tmp_path}", "data.batch_size=4"),
     ]
+    mining = [f"callbacks.mining.{key}" for key in ("after_epochs=[1]", "k=12", "k_prime=6")]
     two, one = tmp_path / "two", tmp_path / "one"
-    run("train_main", two, *pets, "trainer=ddp_sim", "trainer.max_epochs=2", "callbacks.mining.after_epochs=[1]")
-    run("evaluate_main", one, *pets, f"ckpt_path={two}/checkpoints/best.ckpt")
+    run("mmembed-train", two, *pets, "trainer=ddp_sim", "trainer.max_epochs=2", *mining)
+    run("mmembed-evaluate", one, *pets, f"ckpt_path={two}/checkpoints/best.ckpt")
     assert json.loads((two / "metrics.json").read_text()) == json.loads((one / "metrics.json").read_text())
     mined = MinedNegatives(two / "negatives-1.parquet")
     counted = sum(task["queries"] for task in mined.audit.values())
