@@ -23,6 +23,7 @@ ENVIRONMENT_OF_OTHERS = frozenset(
         "PL_GLOBAL_SEED",  # seed_everything
         "PL_SEED_WORKERS",
         "PYTEST_CURRENT_TEST",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",  # Lightning, looking for a GPU
         "RANK",
         "TORCHINDUCTOR_CACHE_DIR",  # torch.compile
         "TRITON_CACHE_DIR",
