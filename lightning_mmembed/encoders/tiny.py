@@ -52,7 +52,8 @@ def tiny_encoder(path: str | Path, corpus: Corpus, architecture: dict[str, Any],
             with building_directory(path) as directory:
                 build_tiny_llava_next(directory, corpus, **architecture)
                 (directory / BUILD_FILE).write_text(json.dumps(made_of))
-    return MLLMEncoder.from_pretrained(path, **encoder)
+        # Still locked: a run with another seed may be waiting to replace it.
+        return MLLMEncoder.from_pretrained(path, **encoder)
 
 
 def build_tiny_llava_next(
