@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,28 +120,29 @@ class _Writer:
         candidates = [(record, sorted(names)) for record, names in pools.values()]
         self._write_shards("candidates", candidates, self._candidate_sample)
         written = {row["id"]: row["pools"] for row in self.rows}
-        counts: dict[str, dict[str, int]] = {}
         for split in SPLITS:
             queries = list(self._read_queries(split, written))
             if queries:
                 self._write_shards(f"queries-{split}", queries, self._query_sample)
         self._check_bad(max_bad_fraction)
-        for row in self.rows:
-            for name in row["pools"] or [f"{row['task']}/{row['split']}"]:
-                group = counts.setdefault("pools" if row["pools"] else "queries", {})
-                group[name] = group.get(name, 0) + 1
         pq.write_table(pa.Table.from_pylist(self.rows, INDEX_SCHEMA), self.directory / INDEX_FILE)
         shutil.copyfile(self.layout.instructions_file, self.directory / INSTRUCTIONS_FILE)
         manifest = {
             "version": FORMAT_VERSION,
             "fingerprint": made_of,
             "source": str(self.layout.source.resolve()),
-            "counts": counts,
+            "counts": self._counts(),
             "shards": self.shards,
             "bad_records": self.bad,
             "queries_without_reachable_positive": self.unreachable,
         }
         (self.directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        """Number of candidates in each pool and of queries of each task and split."""
+        pools = Counter(name for row in self.rows for name in row["pools"])
+        queries = Counter(f"{row['task']}/{row['split']}" for row in self.rows if row["task"])
+        return {"pools": dict(pools), "queries": dict(queries)}
 
     def _good(self, records: Iterable[Any]) -> Iterator[Any]:
         """Count records and keep those that can be used, their pictures included."""
