@@ -86,7 +86,7 @@ class MBEIRDataModule(LightningDataModule):
         """Batches of the training queries, with the mined negatives in use."""
         mined = None if self.negatives is None else MinedNegatives(self.negatives)
         if mined is not None:
-            mined.check_pool(self.shards.pool(TRAIN_POOL).fingerprint)
+            mined.check_pool(self.shards.pool_fingerprint(TRAIN_POOL))
         n_negatives = 0 if mined is None else self.negatives_per_query
         return self._dataloader("train", negatives_per_query=n_negatives, mined=mined)
 

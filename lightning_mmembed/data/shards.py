@@ -135,6 +135,10 @@ class Shards:
         item = Item(record["query_txt"] or None, image)
         return Query(item, instruction, record["qid"], task, tuple(record["pos_cand_list"]))
 
+    def pool_fingerprint(self, name: str) -> str:
+        """The fingerprint of a pool, without reading it."""
+        return f"{self.fingerprint}/{name}"
+
     def pool(self, name: str) -> Pool:
         """A pool by name: ``train``, ``val`` or ``test`` (union of that split's local pools), in canonical order."""
         pools = self._index["pools"].take(self.candidate_rows).combine_chunks()
@@ -157,7 +161,7 @@ class Shards:
             modalities=torch.from_numpy(self._columns["modality"][rows]),
             local={task: torch.from_numpy(inside[member]) for task, inside in local.items()},
             items=_Rows(rows, self.candidate_at),
-            fingerprint=f"{self.fingerprint}/{name}",
+            fingerprint=self.pool_fingerprint(name),
         )
 
     def query_sets(self, split: str, instruction_index: int = 0) -> list[QuerySet]:

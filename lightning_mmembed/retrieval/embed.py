@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_mmembed.encoders.mllm import MLLMEncoder
-from lightning_mmembed.files import fingerprint, replacing
+from lightning_mmembed.files import fingerprint, replacing, write_atomically
 from lightning_mmembed.items import Candidate, Query
 
 PART_SIZE = 8192
@@ -97,8 +97,7 @@ class VectorStore:
         paths = [folder / f"part-{number:05d}.npy" for number in range(len(starts))]
         missing = [n for n, path in enumerate(paths) if n % self.world_size == self.rank and not path.is_file()]
         if missing:
-            with replacing(folder / "made_of.json") as temporary:
-                temporary.write_text(json.dumps({"content": content, "encoder": made_by}))
+            write_atomically(folder / "made_of.json", json.dumps({"content": content, "encoder": made_by}))
             self._compute(encoder, entries, {n: (starts[n], paths[n]) for n in missing}, label)
         self.barrier()
         parts = [torch.from_numpy(np.load(path, allow_pickle=False)) for path in paths]
