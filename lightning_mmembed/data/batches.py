@@ -17,6 +17,7 @@ from lightning_mmembed.data.negatives import MinedNegatives, draw_negatives
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.items import Candidate, Query
+from lightning_mmembed.retrieval.pool import padded_ids
 
 BATCH_MIXES = ("mixed", "one-task")
 
@@ -174,13 +175,12 @@ class TrainingBatches(Dataset[TrainingBatch]):
         instruct = drawn if self.draw_instructions else None
         queries = [self.shards.query_at(int(row), instruct) for row in rows]
         candidates = [self.shards.candidate(did) for did in candidate_ids]
-        width = max(len(labelled) for labelled in positives)
         return TrainingBatch(
             self.processor([*queries, *candidates]),
             torch.from_numpy(ids),
             torch.tensor(candidate_ids),
             torch.arange(len(queries)),
-            torch.tensor([[*labelled, *[-1] * (width - len(labelled))] for labelled in positives]),
+            padded_ids(positives),
         )
 
 

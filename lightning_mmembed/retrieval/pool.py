@@ -11,6 +11,18 @@ from torch import Tensor
 from lightning_mmembed.items import Candidate, Query, Task
 
 
+def padded_ids(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Lists of ids as one ``(Q, P)`` int64 tensor, padded with -1.
+
+    Example:
+        >>> padded_ids([[8], [5, 3]]).tolist()
+        [[8, -1], [5, 3]]
+    """
+    width = max((len(row) for row in ids), default=0)
+    rows = [[*row, *[-1] * (width - len(row))] for row in ids]
+    return torch.tensor(rows, dtype=torch.long).reshape(len(ids), width)
+
+
 @dataclass(frozen=True)
 class Pool:
     """A mixed-modality pool, in canonical order of its ids.
@@ -42,9 +54,7 @@ class Pool:
             >>> pool.rows_of([[8], [5, 3]]).tolist()
             [[1, -1], [-1, 0]]
         """
-        width = max((len(row) for row in ids), default=0)
-        codes = torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids], dtype=torch.long)
-        codes = codes.reshape(len(ids), width)
+        codes = padded_ids(ids)
         rows = torch.searchsorted(self.ids, codes).clamp(max=max(0, len(self.ids) - 1))
         return torch.where(self.ids[rows] == codes, rows, -1)
 
