@@ -13,7 +13,8 @@ from lightning_mmembed.callbacks.access import datamodule_of, output_directory, 
 from lightning_mmembed.encoders.mllm import encoder_of
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
-from lightning_mmembed.retrieval.evaluate import RetrievalResult, evaluate_retrieval
+from lightning_mmembed.retrieval.evaluate import evaluate_retrieval
+from lightning_mmembed.retrieval.results import RetrievalResult
 from lightning_mmembed.retrieval.runs import write_metrics, write_runs
 from lightning_mmembed.retrieval.table import metrics_table
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from lightning_mmembed.files import write_atomically
 from lightning_mmembed.items import Modality, decode_id
-from lightning_mmembed.retrieval.evaluate import RetrievalResult, TaskResult
 from lightning_mmembed.retrieval.pool import Pool
 from lightning_mmembed.retrieval.report import GalleryQuery, GalleryResult
+from lightning_mmembed.retrieval.results import RetrievalResult, TaskResult
 
 
 def write_metrics(path: str | Path, result: RetrievalResult) -> Path:

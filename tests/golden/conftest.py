@@ -12,8 +12,9 @@ from lightning_mmembed.data.layout import BadRecord, MBEIRLayout
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.items import MBEIR_TASKS, Modality, Task, encode_id
-from lightning_mmembed.retrieval.evaluate import RetrievalResult, evaluate_task
+from lightning_mmembed.retrieval.evaluate import evaluate_task
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
+from lightning_mmembed.retrieval.results import RetrievalResult
 
 
 @pytest.fixture(scope="session")

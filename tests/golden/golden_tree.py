@@ -14,7 +14,7 @@ from ir_measures import RR, R, Success, nDCG
 from torch import Tensor
 
 from lightning_mmembed.items import MBEIR_TASKS, encode_id
-from lightning_mmembed.retrieval.evaluate import RetrievalResult
+from lightning_mmembed.retrieval.results import RetrievalResult
 
 TREE = Path(__file__).parent / "mbeir_tiny"
 GOLDEN = TREE / "golden"

@@ -33,8 +33,9 @@ from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.processor import decode_image
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import MBEIR_TASKS, Modality, Task, decode_id, encode_id
-from lightning_mmembed.retrieval.evaluate import RetrievalResult, evaluate_task
+from lightning_mmembed.retrieval.evaluate import evaluate_task
 from lightning_mmembed.retrieval.pool import Pool
+from lightning_mmembed.retrieval.results import RetrievalResult
 
 # --- texts
 

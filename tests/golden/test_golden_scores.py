@@ -32,9 +32,9 @@ from torch import Tensor
 from lightning_mmembed.data.negatives import KINDS
 from lightning_mmembed.items import MBEIR_TASKS, Modality, Task, decode_id, encode_id
 from lightning_mmembed.mining import mine_modality_aware
-from lightning_mmembed.retrieval.evaluate import RetrievalResult
 from lightning_mmembed.retrieval.mine import mine_negatives
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
+from lightning_mmembed.retrieval.results import RetrievalResult
 from lightning_mmembed.retrieval.runs import write_runs
 from lightning_mmembed.retrieval.search import exact_search
 
