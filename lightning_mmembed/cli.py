@@ -58,21 +58,24 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
-    """Evaluate a checkpoint, or the untrained model.
+    """Evaluate a checkpoint, the untrained model, or the TREC runs of any system.
 
     Args:
         cfg: A configuration composed from ``conf/evaluate.yaml``.
 
     Returns:
-        The logged metrics, and the objects by name: datamodule, module, callbacks, trainer.
+        The logged metrics, and the objects by name: datamodule, module, callbacks, trainer; of TREC runs no module
+        and no trainer.
 
     Raises:
-        UserInputError: If ``split`` is neither ``test`` nor ``val``, or the checkpoint does not fit.
+        UserInputError: If ``split`` is neither ``test`` nor ``val``, or the checkpoint or a run does not fit.
     """
     from lightning_mmembed.checkpoints import load_encoder_weights
 
     if cfg.split not in ("test", "val"):
         raise UserInputError(f"split={cfg.split!r} is unknown; write 'test' or 'val'")
+    if cfg.run is not None:
+        return _evaluate_run(cfg)
     objects = build(cfg)
     if cfg.ckpt_path is not None:
         load_encoder_weights(objects["module"].encoder, cfg.ckpt_path)
@@ -81,6 +84,31 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     run(objects["module"], objects["datamodule"], verbose=False)
     print(f"run directory: {cfg.paths.output_dir}")
     return _floats(trainer.callback_metrics), objects
+
+
+def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Score TREC runs with the metrics of the evaluation callback, and write what it would write."""
+    from lightning_mmembed.callbacks import RetrievalEvaluation, RunReport
+    from lightning_mmembed.retrieval.runs import record
+    from lightning_mmembed.retrieval.trec import DEPTH, find_runs, read_run, score_run
+
+    runs = {pool: read_run(*paths) for pool, paths in find_runs(cfg.run, cfg.run_pool).items()}
+    callbacks = _instantiate_all(cfg.callbacks)
+    evaluation = next((c for c in callbacks if isinstance(c, RetrievalEvaluation)), None) or RetrievalEvaluation()
+    apply_extras(cfg)
+    _record(cfg)
+    datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    datamodule.prepare_data()
+    shards, directory = datamodule.shards, Path(cfg.paths.output_dir)
+    result = score_run(runs, shards.pool(cfg.split), shards.query_sets(cfg.split), evaluation.metrics, DEPTH)
+    # What the other system was asked with is not known here.
+    facts = {"system": next(iter(runs.values())).tag, "split": cfg.split, "instruction": "given run", "depth": DEPTH}
+    written = record(directory, [result], facts, evaluation.compare)
+    for report in (c for c in callbacks if isinstance(c, RunReport)):
+        report.write(directory, written, result)
+    print(f"run directory: {directory}")
+    metrics = {f"{cfg.split}/{name}": value for name, value in result.named_metrics.items()}
+    return metrics, {"datamodule": datamodule, "callbacks": callbacks}
 
 
 def build(cfg: DictConfig) -> dict[str, Any]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from lightning_mmembed.errors import UserInputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
@@ -59,6 +65,25 @@ def building_directory(path: str | Path) -> Iterator[Path]:
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable(path: str | Path) -> Iterator[None]:
+    """Turn a full disk into an error that says how to go on; for work that keeps what it has finished.
+
+    Raises:
+        UserInputError: If the disk is full.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        full = "full" in str(error) if isinstance(error, sqlite3.Error) else error.errno in _FULL
+        if not full:
+            raise
+        raise UserInputError(
+            f"no space is left for {path} ({error}); what was finished is kept: free some space and run the same "
+            "command again"
+        ) from error
 
 
 def locked(path: str | Path) -> FileLock:

@@ -2,7 +2,8 @@
 
 Every metric has one canonical name, ``<measure>@<k>``, used as configuration value, log key, monitor and table head.
 M-BEIR's papers say "Recall@k" for what is called ``hit@k`` here (ir_measures' ``Success@k``); ``recall@k`` is the
-share of a query's positives that were found.
+share of a query's positives that were found. ``recall_reachable@k`` and ``ndcg_reachable@k`` count as labelled only
+the positives that the searched pool holds: a local pool of M-BEIR lacks those of another dataset.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def parse_metric(name: str) -> tuple[str, int]:
         ('ndcg', 10)
 
     Raises:
-        ValueError: If the name is none of ``hit, recall, mrr, ndcg, modality`` with a positive depth.
+        ValueError: If the name is none of ``hit, recall, mrr, ndcg, modality, recall_reachable, ndcg_reachable`` with a
+            positive depth.
     """
     measure, _, depth = name.partition("@")
     if measure not in _MEASURES or not depth.isdigit() or int(depth) < 1:
@@ -117,17 +119,24 @@ def parse_metric(name: str) -> tuple[str, int]:
     return measure, int(depth)
 
 
-_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
-    "hit": lambda relevant, right, n, k: hit(relevant, k),
-    "recall": lambda relevant, right, n, k: recall(relevant, n, k),
-    "mrr": lambda relevant, right, n, k: mrr(relevant, k),
-    "ndcg": lambda relevant, right, n, k: ndcg(relevant, n, k),
-    "modality": lambda relevant, right, n, k: modality(right, k),
+# From relevance, right modality, numbers of labelled and of reachable positives, and depth to (Q,) values.
+_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
+    "hit": lambda relevant, right, n, reachable, k: hit(relevant, k),
+    "recall": lambda relevant, right, n, reachable, k: recall(relevant, n, k),
+    "mrr": lambda relevant, right, n, reachable, k: mrr(relevant, k),
+    "ndcg": lambda relevant, right, n, reachable, k: ndcg(relevant, n, k),
+    "modality": lambda relevant, right, n, reachable, k: modality(right, k),
+    "recall_reachable": lambda relevant, right, n, reachable, k: recall(relevant, reachable, k),
+    "ndcg_reachable": lambda relevant, right, n, reachable, k: ndcg(relevant, reachable, k),
 }
 
 
 def per_query_metrics(
-    relevant: Tensor, right_modality: Tensor, n_positives: Tensor, names: Sequence[str] = DEFAULT_METRICS
+    relevant: Tensor,
+    right_modality: Tensor,
+    n_positives: Tensor,
+    names: Sequence[str] = DEFAULT_METRICS,
+    n_reachable: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compute several metrics for every query.
 
@@ -136,6 +145,7 @@ def per_query_metrics(
         right_modality: ``(Q, K)`` boolean, True where the result at that rank has the wanted modality.
         n_positives: ``(Q,)`` integer number of labelled positives.
         names: Canonical metric names.
+        n_reachable: ``(Q,)`` how many of the labelled positives the searched pool holds; by default all of them.
 
     Returns:
         For each name a ``(Q,)`` float64 tensor.
@@ -145,8 +155,9 @@ def per_query_metrics(
         >>> per_query_metrics(relevant, relevant, torch.tensor([1, 1]), ["hit@1", "mrr@10"])["mrr@10"].tolist()
         [0.5, 0.0]
     """
+    given = (relevant, right_modality, n_positives, n_positives if n_reachable is None else n_reachable)
     parsed = {name: parse_metric(name) for name in names}
-    return {name: _MEASURES[measure](relevant, right_modality, n_positives, k) for name, (measure, k) in parsed.items()}
+    return {name: _MEASURES[measure](*given, k) for name, (measure, k) in parsed.items()}
 
 
 class RetrievalMean(Metric):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ir_measures import RR, R, Success, nDCG
 from lightning_mmembed.metrics import DEFAULT_METRICS, RetrievalMean, parse_metric, per_query_metrics
 
 DEPTHS = (1, 2, 3, 5, 10, 20)
+KNOWN = "hit, recall, mrr, ndcg, modality, recall_reachable, ndcg_reachable"
 ORACLES = {"hit": Success, "recall": R, "mrr": RR, "ndcg": nDCG}
 
 
@@ -72,6 +74,36 @@ def test_every_metric_equals_that_of_ir_measures_for_every_query(measure: str, s
         assert values[f"{measure}@{k}"].tolist() == pytest.approx(expected, abs=1e-12), f"{measure}@{k}"
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("measure", ["recall", "ndcg"])
+def test_metrics_over_reachable_positives_equal_those_of_ir_measures_with_the_others_unlabelled(
+    measure: str, seed: int
+) -> None:
+    rankings = random_rankings(seed)
+    rng = random.Random(seed)
+    pools = [{*row, *rng.sample([f"d{n}" for n in range(30)], 10)} for row in rankings.ranked]
+    reachable = [labels & pool for labels, pool in zip(rankings.positives, pools, strict=True)]
+    restricted = dataclasses.replace(rankings, positives=reachable)
+    n_reachable = torch.tensor([len(labels) for labels in reachable])
+    assert (n_reachable < rankings.n_positives).any()
+    assert ((n_reachable == 0) & (rankings.n_positives > 0)).any()
+    names = [f"{measure}_reachable@{k}" for k in DEPTHS]
+    values = per_query_metrics(
+        rankings.relevant, rankings.right_modality, rankings.n_positives, names, n_reachable=n_reachable
+    )
+    for k in DEPTHS:
+        expected = ask_ir_measures(restricted, ORACLES[measure] @ k)
+        assert values[f"{measure}_reachable@{k}"].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_positives_are_all_reachable_unless_it_is_said_otherwise() -> None:
+    rankings = random_rankings(0)
+    names = ["recall@5", "recall_reachable@5", "ndcg@10", "ndcg_reachable@10"]
+    values = per_query_metrics(rankings.relevant, rankings.right_modality, rankings.n_positives, names)
+    assert torch.equal(values["recall@5"], values["recall_reachable@5"])
+    assert torch.equal(values["ndcg@10"], values["ndcg_reachable@10"])
+
+
 def test_the_random_rankings_hold_the_cases_that_definitions_differ_in() -> None:
     rankings = random_rankings(0)
     rows = list(zip(rankings.ranked, rankings.positives, strict=True))
@@ -126,7 +158,7 @@ def test_a_value_depends_on_its_own_query_alone() -> None:
     ["", "hit", "hit@", "hit@0", "hit@-1", "hit@five", "hit@1.5", "hit@5@10", "Hit@5", "hits@5", "r@5", "@5", "map@10"],
 )
 def test_a_bad_metric_name_is_refused_with_the_known_ones(name: str) -> None:
-    message = f"metric={name!r} is unknown; write one of hit, recall, mrr, ndcg, modality with a depth"
+    message = f"metric={name!r} is unknown; write one of {KNOWN} with a depth"
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_metric(name)
 

@@ -32,16 +32,19 @@ def output_directory(trainer: Trainer, dirpath: str | Path | None) -> Path:
     return Path(trainer.default_root_dir if dirpath is None else dirpath)
 
 
-def vector_store(trainer: Trainer, dirpath: str | Path | None, **settings: Any) -> VectorStore:
-    """A store in ``{output directory}/vectors``, filled by all processes of the Trainer.
+def vector_store(
+    trainer: Trainer, dirpath: str | Path | None, vectors_dir: str | Path | None = None, /, **settings: Any
+) -> VectorStore:
+    """A store of vectors, filled by all processes of the Trainer.
 
     Args:
         trainer: The Trainer.
         dirpath: See :func:`output_directory`.
+        vectors_dir: Where the vectors lie; by default in ``vectors`` in the output directory.
         **settings: Arguments of :class:`VectorStore`.
     """
     return VectorStore(
-        output_directory(trainer, dirpath) / "vectors",
+        output_directory(trainer, dirpath) / "vectors" if vectors_dir is None else vectors_dir,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         barrier=trainer.strategy.barrier,

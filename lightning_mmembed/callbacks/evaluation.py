@@ -2,58 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
 from lightning_mmembed.callbacks.access import datamodule_of, output_directory, vector_store
+from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.mllm import encoder_of
+from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.items import TASK_MODALITIES, decode_id
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
-from lightning_mmembed.retrieval.evaluate import evaluate_retrieval
-from lightning_mmembed.retrieval.results import RetrievalResult
-from lightning_mmembed.retrieval.runs import write_metrics, write_runs
-from lightning_mmembed.retrieval.table import metrics_table
+from lightning_mmembed.retrieval.evaluate import RUN_DEPTH, evaluate_retrieval
+from lightning_mmembed.retrieval.per_query import read_measured
+from lightning_mmembed.retrieval.pool import QuerySet
+from lightning_mmembed.retrieval.results import RetrievalResult, average_prompts
+from lightning_mmembed.retrieval.runs import Record, record
+from lightning_mmembed.retrieval.search import SearchSettings
 
 
 class RetrievalEvaluation(Callback):
     """Embeds the pool of a split, ranks it for every query and logs the metrics, whenever a Trainer evaluates.
 
     Logged are ``{split}/{pool}/{metric}`` averages over the tasks, and ``{split}/{pool}/{task}/{metric}``. After
-    ``trainer.validate`` and ``trainer.test`` the table is printed, and ``metrics.json`` and the TREC runs are written.
+    ``trainer.validate`` and ``trainer.test`` the table is printed, and ``metrics.json``, ``queries.parquet`` and the
+    TREC runs are written.
 
     Args:
         metrics: Canonical metric names.
         before_fit: Evaluate the validation split once before training, too.
-        instruction_index: Which of the prompts every query gets.
+        instruction: Which of the prompts every query gets: its place, from 0; ``"random"``, drawn for each query; or
+            ``"all"``: evaluate with each of them, as many as the task with the fewest has, and average.
+        instruction_seed: Of the draw.
         batch_size: Items per pass of the encoder.
         num_workers: Processes that read and prepare items.
         dtype: Precision of the stored vectors, ``"float16"`` or ``"float32"``.
+        search: How to search, as :class:`SearchSettings` or its arguments; by default exactly, with torch.
+        vectors_dir: Where vectors are kept; by default in ``vectors`` beside the other files, without those of
+            earlier weights. A folder that is given may be shared: nothing in it is deleted.
+        compare: Run directories of other evaluations of the same queries, to compare with.
         dirpath: Where files are written; by default the Trainer's ``default_root_dir``.
+
+    Raises:
+        UserInputError: If ``instruction`` is unknown or a run to compare with is missing.
+        ValueError: If a metric is unknown.
     """
 
     def __init__(
         self,
         metrics: Sequence[str] = DEFAULT_METRICS,
         before_fit: bool = False,
-        instruction_index: int = 0,
+        instruction: int | str = 0,
+        instruction_seed: int = 0,
         batch_size: int = 256,
         num_workers: int = 0,
         dtype: str = "float16",
+        search: SearchSettings | Mapping[str, Any] | None = None,
+        vectors_dir: str | Path | None = None,
+        compare: Sequence[str | Path] = (),
         dirpath: str | Path | None = None,
     ) -> None:
         for name in metrics:
             parse_metric(name)
-        self.metrics, self.before_fit = tuple(metrics), before_fit
-        self.instruction_index, self.dirpath = instruction_index, dirpath
+        if isinstance(instruction, str) and instruction not in ("all", "random"):
+            raise UserInputError(f"instruction={instruction!r} is unknown; write a place from 0, 'all' or 'random'")
+        for path in compare:
+            read_measured(path)  # a wrong path is told before the work, not after it
+        self.metrics, self.before_fit, self.dirpath = tuple(metrics), before_fit, dirpath
+        self.instruction, self.instruction_seed, self.compare = instruction, instruction_seed, tuple(compare)
+        self.search = search if isinstance(search, SearchSettings) else SearchSettings(**(search or {}))
+        self.vectors_dir = vectors_dir
         self._store = {"batch_size": batch_size, "num_workers": num_workers, "dtype": dtype}
         #: One entry for each evaluation: step, split, metrics and modality matrix.
         self.evaluations: list[dict[str, Any]] = []
-        #: The latest evaluation, with its rankings.
+        #: The latest evaluation, with its rankings; of several prompts the average, with those of the first.
         self.result: RetrievalResult | None = None
+        #: What was written of the latest evaluation of a split.
+        self.record: Record | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the evaluations so far."""
@@ -72,49 +99,70 @@ class RetrievalEvaluation(Callback):
         """Evaluate the validation split."""
         if trainer.sanity_checking:
             return
-        result = self._evaluate(trainer, pl_module, "val")
-        self._log(pl_module, "val", result)
+        results = self._evaluate(trainer, pl_module, "val")
+        self._log(pl_module, "val")
         if trainer.state.fn == "validate":
-            self._write(trainer, "val", result)
+            self._write(trainer, "val", results)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the test split."""
-        result = self._evaluate(trainer, pl_module, "test")
-        self._log(pl_module, "test", result)
-        self._write(trainer, "test", result)
+        results = self._evaluate(trainer, pl_module, "test")
+        self._log(pl_module, "test")
+        self._write(trainer, "test", results)
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, split: str) -> RetrievalResult:
-        shards = datamodule_of(trainer).shards
-        store = vector_store(trainer, self.dirpath, **self._store)
-        encoder = encoder_of(pl_module)
-        store.prune(encoder_fingerprint(encoder))
-        sets = shards.query_sets(split, self.instruction_index)
-        result = evaluate_retrieval(encoder, shards.pool(split), sets, store, self.metrics)
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[RetrievalResult]:
+        """The outcome with each prompt."""
+        shards, encoder = datamodule_of(trainer).shards, encoder_of(pl_module)
+        store = vector_store(trainer, self.dirpath, self.vectors_dir, **self._store)
+        if self.vectors_dir is None:
+            store.prune(encoder_fingerprint(encoder))
+        pool = shards.pool(split)
+        results = [
+            evaluate_retrieval(encoder, pool, query_sets, store, self.metrics, self.search)
+            for query_sets in self._query_sets(shards, split)
+        ]
+        self.result = average_prompts(results)
         self.evaluations.append(
             {
                 "step": trainer.global_step,
                 "epoch": trainer.current_epoch,
                 "split": split,
-                "metrics": result.metrics,
-                "modality_matrix": result.modality_matrix,
+                "metrics": self.result.metrics,
+                "modality_matrix": self.result.modality_matrix,
             }
         )
-        self.result = result
-        return result
+        return results
 
-    def _log(self, pl_module: LightningModule, split: str, result: RetrievalResult) -> None:
-        for pool, values in result.metrics.items():
-            rows = {"": values["average"], **{f"{task}/": row for task, row in values["tasks"].items()}}
-            for prefix, row in rows.items():
-                for name, value in row.items():
-                    # Every process evaluates the same vectors, so the values agree and need no reduction.
-                    pl_module.log(f"{split}/{pool}/{prefix}{name}", value, rank_zero_only=False)
+    def _query_sets(self, shards: Shards, split: str) -> list[list[QuerySet]]:
+        """The queries with each prompt that they are evaluated with."""
+        if self.instruction == "random":
+            return [shards.query_sets(split, "random", self.instruction_seed)]
+        if self.instruction != "all":
+            return [shards.query_sets(split, int(self.instruction))]
+        first = shards.query_sets(split, 0)
+        fewest = min(_prompt_count(shards, queries) for queries in first)
+        return [first, *(shards.query_sets(split, index) for index in range(1, fewest))]
 
-    def _write(self, trainer: Trainer, split: str, result: RetrievalResult) -> None:
+    def _log(self, pl_module: LightningModule, split: str) -> None:
+        assert self.result is not None
+        for name, value in self.result.named_metrics.items():
+            # Every process evaluates the same vectors, so the values agree and need no reduction.
+            pl_module.log(f"{split}/{name}", value, rank_zero_only=False)
+
+    def _write(self, trainer: Trainer, split: str, results: Sequence[RetrievalResult]) -> None:
         if not trainer.is_global_zero:
             return
-        directory = output_directory(trainer, self.dirpath)
-        write_metrics(directory / "metrics.json", result)
-        write_runs(directory / "runs", result, "mmembed")
-        Console().print(metrics_table(result.metrics, title=f"{split}, union pool of {len(result.pool):,}"))
-        print(f"metrics: {directory / 'metrics.json'}\nTREC runs: {directory / 'runs'}")
+        prompts = f"prompt {self.instruction}"
+        if self.instruction == "random":
+            prompts = f"random prompts with seed {self.instruction_seed}"
+        elif self.instruction == "all":
+            prompts = f"mean of prompts 0 to {len(results) - 1}"
+        facts = {"system": "mmembed", "split": split, "instruction": prompts, "depth": RUN_DEPTH}
+        search = {"search_backend": self.search.backend}
+        self.record = record(output_directory(trainer, self.dirpath), results, facts | search, self.compare)
+
+
+def _prompt_count(shards: Shards, queries: QuerySet) -> int:
+    """How many prompts the queries of a task have."""
+    asked = TASK_MODALITIES[queries.task.task_id][0]
+    return len(shards.instructions.choices(decode_id(int(queries.ids[0])), asked, queries.task))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,8 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_mmembed.callbacks.access import output_directory
 from lightning_mmembed.callbacks.evaluation import RetrievalEvaluation
 from lightning_mmembed.callbacks.mining import HardNegativeMining
+from lightning_mmembed.items import MBEIR_TASKS
+from lightning_mmembed.retrieval.compare import ComparedRun
+from lightning_mmembed.retrieval.published import PUBLISHED
 from lightning_mmembed.retrieval.report import Stage, write_report
-from lightning_mmembed.retrieval.runs import gallery
+from lightning_mmembed.retrieval.results import RetrievalResult
+from lightning_mmembed.retrieval.runs import Record, gallery
 
 C = TypeVar("C", bound=Callback)
 
@@ -24,6 +29,7 @@ class RunReport(Callback):
         facts: What the reader must know about the run, such as dataset and seed; one that is None is left out.
         config_file: The run's configuration, shown as it is.
         queries_per_task: Queries of each task in the gallery.
+        published: Show published figures beside one's own where all 16 tasks of M-BEIR were evaluated.
         dirpath: Where the report is written; by default the Trainer's ``default_root_dir``.
     """
 
@@ -33,12 +39,13 @@ class RunReport(Callback):
         facts: dict[str, Any] | None = None,
         config_file: str | Path | None = None,
         queries_per_task: int = 6,
+        published: bool = False,
         dirpath: str | Path | None = None,
     ) -> None:
         self.title, self.config_file = title, config_file
         known = {name: value for name, value in (facts or {}).items() if value is not None}
         self.facts = {n: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for n, v in known.items()}
-        self.queries_per_task, self.dirpath = queries_per_task, dirpath
+        self.queries_per_task, self.published, self.dirpath = queries_per_task, published, dirpath
         self.history: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,22 +76,56 @@ class RunReport(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         evaluation = _find(trainer, RetrievalEvaluation)
-        if evaluation is None or evaluation.result is None or not trainer.is_global_zero:
+        if evaluation is None or evaluation.record is None or not trainer.is_global_zero:
             return
+        assert evaluation.result is not None
         mining = _find(trainer, HardNegativeMining)
         minings = mining.versions if mining else []
         during_fit = [e for e in evaluation.evaluations if e["split"] == "val"]
-        path = write_report(
-            output_directory(trainer, self.dirpath) / "report.html",
-            title=self.title,
-            metrics=evaluation.result.metrics,
+        self.write(
+            output_directory(trainer, self.dirpath),
+            evaluation.record,
+            evaluation.result,
             history=self._rows(during_fit, minings),
             stages=_stages(during_fit, [version["step"] for version in minings]),
-            gallery=gallery(evaluation.result, self.queries_per_task),
-            facts={**self.facts, "union pool": f"{len(evaluation.result.pool):,} candidates"},
+        )
+
+    def write(
+        self,
+        directory: Path,
+        record: Record,
+        result: RetrievalResult,
+        history: Sequence[Mapping[str, Any]] = (),
+        stages: Sequence[Stage] = (),
+    ) -> None:
+        """Write ``report.html``.
+
+        Args:
+            directory: Where to write.
+            record: What was written of the evaluation.
+            result: The evaluation, for the gallery.
+            history: Curves; see :func:`~lightning_mmembed.retrieval.report.write_report`.
+            stages: Measurements while training; likewise.
+        """
+        path = write_report(
+            directory / "report.html",
+            title=self.title,
+            metrics=record.metrics,
+            history=history,
+            stages=stages,
+            gallery=gallery(result, self.queries_per_task),
+            comparison=self._comparison(record),
+            facts={**self.facts, "union pool": f"{len(result.pool):,} candidates"},
             config=Path(self.config_file).read_text() if self.config_file else "",
         )
         print(f"report: {path}")
+
+    def _comparison(self, record: Record) -> list[ComparedRun]:
+        """The run itself with the others and the published ones; nothing if it would stand alone."""
+        whole = {row.pool for row in record.comparison if set(MBEIR_TASKS) <= row.values.keys()}
+        published = [row for row in PUBLISHED if self.published and row.pool in whole]
+        pools = {row.pool for row in record.comparison}
+        return [*record.comparison, *published] if published or len(record.comparison) > len(pools) else []
 
     def _rows(self, evaluations: list[dict[str, Any]], minings: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = list(self.history)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_mmembed.data.instructions import draw
 from lightning_mmembed.data.negatives import MinedNegatives, draw_negatives
+from lightning_mmembed.data.sampling import resample, spread
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.items import Candidate, Query
@@ -54,7 +55,14 @@ class TrainingBatch:
         )
 
 
-def plan_epoch(tasks: np.ndarray, batch_size: int, seed: int, epoch: int, batch_mix: str = "mixed") -> np.ndarray:
+def plan_epoch(
+    tasks: np.ndarray,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    batch_mix: str = "mixed",
+    positions: np.ndarray | None = None,
+) -> np.ndarray:
     """Cut the queries of an epoch into batches, a pure function of its arguments.
 
     Args:
@@ -64,6 +72,9 @@ def plan_epoch(tasks: np.ndarray, batch_size: int, seed: int, epoch: int, batch_
         epoch: The epoch.
         batch_mix: ``"mixed"`` draws a batch from all tasks, ``"one-task"`` from one task at a time. Queries that fill
             no whole batch (of their task) sit this epoch out.
+        positions: ``(M,)`` positions in ``tasks`` of the queries that take part, with repeats, ascending
+            (:func:`lightning_mmembed.data.sampling.resample`); by default each once. A batch holds a query twice only
+            where it is about as large as the part of the epoch that its copies are spread over.
 
     Returns:
         ``(B, batch_size)`` positions in ``tasks``.
@@ -78,7 +89,7 @@ def plan_epoch(tasks: np.ndarray, batch_size: int, seed: int, epoch: int, batch_
     if batch_mix not in BATCH_MIXES:
         raise ValueError(f"batch_mix={batch_mix!r} is unknown; write one of {BATCH_MIXES}")
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(tasks))
+    order = rng.permutation(len(tasks)) if positions is None else spread(positions, rng)
     groups = [order] if batch_mix == "mixed" else [order[tasks[order] == task] for task in np.unique(tasks)]
     batches = [g[: len(g) // batch_size * batch_size].reshape(-1, batch_size) for g in groups]
     planned = np.concatenate(batches) if batches else np.zeros((0, batch_size), dtype=int)
@@ -98,6 +109,8 @@ class EpochPlan(DistributedSampler[Any]):
         num_replicas: Number of processes.
         rank: This process.
         fixed: Plan every epoch as epoch 0, for validation.
+        resampled: ``(N,)`` groups and ``(G,)`` targets of :func:`lightning_mmembed.data.sampling.resample`, such that a
+            task has as many queries in every epoch; by default each query comes once.
     """
 
     def __init__(
@@ -109,21 +122,25 @@ class EpochPlan(DistributedSampler[Any]):
         num_replicas: int = 1,
         rank: int = 0,
         fixed: bool = False,
+        resampled: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        super().__init__(tasks, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
-        self.tasks, self.batch_size, self.batch_mix, self.fixed = tasks, batch_size, batch_mix, fixed
+        _, codes = np.unique(tasks, return_inverse=True)  # numbers compare much faster than names
+        super().__init__(codes, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.tasks, self.batch_size, self.batch_mix = codes, batch_size, batch_mix
+        self.fixed, self.resampled = fixed, resampled
+        self.batches = len(self._plan(0))  # of any epoch
 
-    def _plan(self) -> np.ndarray:
-        size = self.batch_size * self.num_replicas
-        return plan_epoch(self.tasks, size, self.seed, 0 if self.fixed else self.epoch, self.batch_mix)
+    def _plan(self, epoch: int) -> np.ndarray:
+        positions = None if self.resampled is None else resample(*self.resampled, self.seed, epoch)
+        return plan_epoch(self.tasks, self.batch_size * self.num_replicas, self.seed, epoch, self.batch_mix, positions)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         epoch = 0 if self.fixed else self.epoch
-        return iter([(epoch, batch[mine]) for batch in self._plan()])
+        return iter([(epoch, batch[mine]) for batch in self._plan(epoch)])
 
     def __len__(self) -> int:
-        return len(self._plan())
+        return self.batches
 
 
 class TrainingBatches(Dataset[TrainingBatch]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_mmembed.data.batches import BATCH_MIXES, EpochPlan, TrainingBatch, TrainingBatches
 from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.data.negatives import MinedNegatives
+from lightning_mmembed.data.sampling import check_rule, source_targets, task_targets
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.mllm import encoder_of
@@ -30,6 +32,12 @@ class MBEIRDataModule(LightningDataModule):
         batch_size: Queries in a batch, per process.
         batch_mix: ``"mixed"`` draws a batch from all tasks; ``"one-task"`` from one task at a time, which brings the
             modality bias of random negatives out.
+        upsample: How often the training queries come in an epoch; by default each once. ``"uniir"``: WebQA 100,000 and
+            EDIS, NIGHTS, FashionIQ and CIRR 50,000 times, the rest as they are. ``"source"``: as often as in the
+            source's up-sampled training file. A mapping from dataset or task to a factor; a task's own wins, 0 leaves
+            it out. The order is made so, nothing is copied on disk.
+        temperature: In place of ``upsample``: at least 1; makes the sizes of the datasets proportional to
+            ``n ** (1 / temperature)``, while the epoch stays as long.
         negatives_per_query: Hard negatives for each query once they are mined.
         negatives: A file of mined negatives to start with.
         num_workers: Processes that read and prepare batches.
@@ -43,6 +51,8 @@ class MBEIRDataModule(LightningDataModule):
         source: str | Path | None = None,
         batch_size: int = 128,
         batch_mix: str = "mixed",
+        upsample: str | Mapping[str, float] | None = None,
+        temperature: float | None = None,
         negatives_per_query: int = 1,
         negatives: str | Path | None = None,
         num_workers: int = 0,
@@ -52,8 +62,10 @@ class MBEIRDataModule(LightningDataModule):
         super().__init__()
         if batch_mix not in BATCH_MIXES:
             raise UserInputError(f"batch_mix={batch_mix!r} is unknown; write one of {', '.join(BATCH_MIXES)}")
-        self.shards_dir, self.source = Path(shards), source
+        check_rule(upsample, temperature)
+        self.shards_dir, self.source = shards, source
         self.batch_size, self.batch_mix, self.num_workers, self.seed = batch_size, batch_mix, num_workers, seed
+        self.upsample, self.temperature = upsample, temperature
         self.negatives_per_query, self.negatives = negatives_per_query, negatives
         self.max_bad_fraction = max_bad_fraction
         self._shards: Shards | None = None
@@ -98,6 +110,13 @@ class MBEIRDataModule(LightningDataModule):
         """Batches of the test queries and their positives, likewise."""
         return self._dataloader("test", fixed=True)
 
+    def _resampled(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.upsample is None and self.temperature is None:
+            return None
+        if self.upsample == "source":
+            return source_targets(self.shards.query_weights(rows))
+        return task_targets(self.shards.task_names(rows), self.upsample, self.temperature)
+
     def _dataloader(self, split: str, fixed: bool = False, **negatives: Any) -> DataLoader[TrainingBatch]:
         if self.trainer is None:
             raise RuntimeError("MBEIRDataModule needs a Trainer: its encoder's processor writes the prompts")
@@ -106,17 +125,20 @@ class MBEIRDataModule(LightningDataModule):
         if split != "train":
             known = [bool(np.isin(labelled, pool).any()) for labelled in self.shards.positives(rows)]
             rows = rows[np.array(known, dtype=bool)]
+        resampled = self._resampled(rows) if split == "train" else None
+        n_queries = len(rows) if resampled is None else int(resampled[1].sum())
         replicas = self.trainer.world_size
-        if len(rows) < replicas:
-            raise UserInputError(f"{self.shards_dir} has {len(rows)} {split} queries for {replicas} processes")
+        if n_queries < replicas:
+            raise UserInputError(f"{self.shards_dir} has {n_queries} {split} queries for {replicas} processes")
         plan = EpochPlan(
             self.shards.task_names(rows),
-            min(self.batch_size, len(rows) // replicas),
+            min(self.batch_size, n_queries // replicas),
             self.seed,
             "mixed" if fixed else self.batch_mix,
             num_replicas=replicas,
             rank=self.trainer.global_rank,
             fixed=fixed,
+            resampled=resampled,
         )
         # A resumed Trainer draws the first iterator before it tells the sampler the epoch.
         plan.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]

@@ -3,21 +3,24 @@
 ::
 
     query/{train,val,test}/mbeir_{dataset}[_task{n}]_{split}.jsonl
+    query/union_train/mbeir_{name}_train.jsonl            the training queries up-sampled: lines stand there repeatedly
     cand_pool/local/mbeir_{dataset}_task{n}[_{split}]_cand_pool.jsonl
     cand_pool/global/mbeir_{name}_train_cand_pool.jsonl
     qrels/{train,val,test}/mbeir_{dataset}[_task{n}]_{split}_qrels.txt
     instructions/query_instructions.tsv
+    mbeir_images/...                                      or, not extracted, mbeir_images.tar.gz.part-00, -01, ...
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Modality, Task, encode_id
@@ -95,13 +98,23 @@ class MBEIRLayout:
         """The query files of a split, by name."""
         return sorted((self.source / "query" / split).glob(f"mbeir_*_{split}.jsonl"))
 
+    def upsampled_files(self) -> list[Path]:
+        """Files of training queries in which a query stands as often as it is to be trained on."""
+        return sorted((self.source / "query" / "union_train").glob("mbeir_*_train.jsonl"))
+
     def pool_files(self) -> Iterator[tuple[str, Path]]:
         """Pairs of (pool name, file): ``train``, and ``{task}/{split}`` for every task and evaluation split.
 
-        A pool file that names no split serves val and test alike.
+        A pool file that names no split serves val and test alike. A dataset of one's own need not have a training
+        pool: all its candidates are one.
         """
-        for path in sorted((self.source / "cand_pool" / "global").glob("mbeir_*_train_cand_pool.jsonl")):
+        local = list(self._local_pool_files())
+        train = sorted((self.source / "cand_pool" / "global").glob("mbeir_*_train_cand_pool.jsonl"))
+        for path in train or dict.fromkeys(path for _, path in local):
             yield TRAIN_POOL, path
+        yield from local
+
+    def _local_pool_files(self) -> Iterator[tuple[str, Path]]:
         for path in sorted((self.source / "cand_pool" / "local").glob("mbeir_*_cand_pool.jsonl")):
             match = re.fullmatch(r"mbeir_(.+_task\d+)(?:_(val|test))?_cand_pool\.jsonl", path.name)
             if match is None:
@@ -115,18 +128,32 @@ class MBEIRLayout:
 
     def queries(self, path: Path) -> Iterator[QueryRecord | BadRecord]:
         """Read a query file, likewise."""
-        match = re.fullmatch(r"mbeir_(.+?)(?:_task\d+)?_(?:train|val|test)\.jsonl", path.name)
-        dataset = match[1] if match else path.stem
-        return _records(path, lambda record: _query(record, dataset))
+        if path.parent.name in SPLITS:
+            dataset = dataset_of(path)
+            return _records(path, lambda record: _query(record, dataset))
+        names = self.dataset_names()  # a file of several datasets
+        return _records(path, lambda record: _query(record, names[record["qid"].partition(":")[0]]))
 
-    def qrels(self, split: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    def dataset_names(self) -> dict[str, str]:
+        """Names of the datasets by id, in lower case, as the instruction file has them."""
+        with open(self.instructions_file, encoding="utf-8") as file:
+            rows = [line.split("\t") for line in file][1:]
+        return {row[3].strip(): row[2].strip().lower() for row in rows if len(row) > 3}
+
+    def qrels(self, split: str, dataset: str = "*") -> dict[str, dict[str, tuple[str, ...]]]:
         """Positives of each qid by task name, from the qrels files of four or five columns; empty without files.
+
+        Args:
+            split: The split.
+            dataset: Read the files of this dataset only.
 
         Raises:
             UserInputError: If a line has fewer than four columns or a relevance that is no number.
         """
         judged: dict[str, dict[str, list[str]]] = {}
-        for path in sorted((self.source / "qrels" / split).glob(f"mbeir_*_{split}_qrels.txt")):
+        folder = self.source / "qrels" / split
+        names = (f"mbeir_{dataset}_{split}_qrels.txt", f"mbeir_{dataset}_task[0-9]*_{split}_qrels.txt")
+        for path in sorted({path for name in names for path in folder.glob(name)}):
             name = path.name.removeprefix("mbeir_").removesuffix(f"_{split}_qrels.txt")
             for number, line in enumerate(path.read_text().split("\n"), 1):
                 columns = line.split()
@@ -145,8 +172,11 @@ class MBEIRLayout:
         return self.source / "instructions" / "query_instructions.tsv"
 
 
-def read_instructions(path: Path) -> dict[tuple[int, Modality, Modality], tuple[str, ...]]:
+def read_instructions(file: IO[bytes]) -> dict[tuple[int, Modality, Modality], tuple[str, ...]]:
     """Read an instruction file.
+
+    Args:
+        file: The file, open to read.
 
     Returns:
         Prompts by (dataset id, query modality, wanted modality).
@@ -154,8 +184,12 @@ def read_instructions(path: Path) -> dict[tuple[int, Modality, Modality], tuple[
     Raises:
         UserInputError: If the file is empty, a line is malformed or a row has no prompt.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+    path = getattr(file, "name", "the instruction file")
+    try:
+        with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            rows = list(csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+    except UnicodeDecodeError as error:
+        raise UserInputError(f"{path} is not UTF-8 ({error}); write it in UTF-8") from error
     prompts = {}
     for number, row in enumerate(rows, 2):
         texts = tuple(format_text(text) for text in row[4:] if text.strip())
@@ -170,6 +204,17 @@ def read_instructions(path: Path) -> dict[tuple[int, Modality, Modality], tuple[
     return prompts
 
 
+def dataset_of(path: Path) -> str:
+    """The dataset that a query file names.
+
+    Example:
+        >>> dataset_of(Path("mbeir_mscoco_task0_val.jsonl"))
+        'mscoco'
+    """
+    match = re.fullmatch(r"mbeir_(.+?)(?:_task\d+)?_(?:train|val|test)\.jsonl", path.name)
+    return match[1] if match else path.stem
+
+
 def _records(path: Path, build: Any) -> Iterator[Any]:
     # Bytes: lines end at \n alone, not at U+2028 or U+0085, and one that is not UTF-8 is one bad record.
     with open(path, "rb") as file:
@@ -179,6 +224,10 @@ def _records(path: Path, build: Any) -> Iterator[Any]:
             try:
                 yield build(json.loads(line))
             except json.JSONDecodeError as error:
+                if not line.endswith(b"\n"):
+                    raise UserInputError(
+                        f"{path} ends in the middle of line {number}: the file was cut short; fetch it again"
+                    ) from None
                 yield BadRecord(f"{path}:{number}", f"not JSON ({error.msg})")
             except UnicodeDecodeError as error:
                 yield BadRecord(f"{path}:{number}", f"not UTF-8 ({error.reason})")
@@ -222,3 +271,5 @@ def _text(record: dict[str, Any], key: str) -> str | None:
 def _check_image(modality: Modality, image: str | None, key: str) -> None:
     if (modality is not Modality.TEXT) != bool(image):
         raise UserInputError(f"modality={modality.value!r} does not fit {key}={image!r}")
+    if image and (image.startswith("/") or ".." in image.split("/")):
+        raise UserInputError(f"{key}={image!r} leads out of the source; write a path below it")

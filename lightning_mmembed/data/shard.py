@@ -2,282 +2,288 @@
 
 ::
 
-    candidates-00000.tar ...     {did}.json and, where there is a picture, {did}.jpg / .png with its original bytes
-    queries-train-00000.tar ...  {qid}.json and the picture, per split
-    index.parquet                a row per record: where its bytes lie, modality, task, pools, positives
+    images-00000.tar ...         every picture once, under its name in the source, with its original bytes
+    candidates-00000.tar ...     {did}.json, in canonical order of the ids
+    queries-train-00000.tar ...  {qid}.json, per split
+    index.parquet                a row per record: where it and its picture lie, modality, task, pools, positives
     instructions.tsv             as in the source
-    manifest.json                counts, checksums, records left out and why, fingerprint of the source
+    manifest.json                counts, checksums, records left out and why, fingerprints
+
+Memory does not grow with the dataset: what is read goes to an SQLite file, and a shard is written at a time. A run that
+was killed goes on at the first missing shard.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import shutil
-import tarfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-from rich.progress import track
 
-from lightning_mmembed.data.layout import (
-    SPLITS,
-    TRAIN_POOL,
-    BadRecord,
-    CandidateRecord,
-    MBEIRLayout,
-    QueryRecord,
-)
+from lightning_mmembed.data.catalog import Catalog
+from lightning_mmembed.data.jobs import INDEX_SCHEMA, PictureJob, RecordJob, ShardJobs, run_jobs
+from lightning_mmembed.data.layout import SPLITS, MBEIRLayout
+from lightning_mmembed.data.pictures import archive_parts, stream_archive
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.files import building_directory, file_sha256, fingerprint, locked
-from lightning_mmembed.items import encode_id
+from lightning_mmembed.files import file_sha256, fingerprint, locked, replacing, resumable, write_atomically
+from lightning_mmembed.progress import progress_bar
 
-log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-
-#: What becomes of a record: the columns of its index row that it decides, its JSON content, the path of its picture.
-Sample = tuple[dict[str, Any], dict[str, Any], str | None]
+FORMAT_VERSION = 2
 INDEX_FILE, MANIFEST_FILE, INSTRUCTIONS_FILE = "index.parquet", "manifest.json", "instructions.tsv"
 
-INDEX_SCHEMA = pa.schema(
-    {
-        "split": pa.string(),  # of a query; empty for a candidate
-        "id": pa.int64(),  # encode_id(did or qid)
-        "shard": pa.int32(),  # position in the manifest's list of shards
-        "offset": pa.int64(),
-        "size": pa.int32(),
-        "image_offset": pa.int64(),
-        "image_size": pa.int32(),  # 0 without a picture
-        "modality": pa.int8(),  # Modality.code
-        "task": pa.string(),  # of a query
-        "pools": pa.list_(pa.string()),  # of a candidate
-        "positives": pa.list_(pa.int64()),  # of a query
-    }
-)
+#: Pictures in a shard, and bytes after which one that is filled from an archive is closed: it is held in memory.
+PICTURES_PER_SHARD, PICTURE_BYTES_PER_SHARD = 2000, 64 << 20
 
 
 def shard_dataset(
-    source: str | Path, out: str | Path, *, max_bad_fraction: float = 0.001, samples_per_shard: int = 10000
+    source: str | Path,
+    out: str | Path,
+    *,
+    archive: str | None = None,
+    max_bad_fraction: float = 0.001,
+    samples_per_shard: int = 10000,
+    num_workers: int = 0,
+    show_progress: bool = True,
 ) -> Path:
     """Write the shards of a dataset, unless those of this very source stand there already.
 
     Args:
         source: Folder in M-BEIR's layout.
         out: Folder of the shards; stale shards there are replaced, anything else is left alone.
+        archive: The picture archive, or a pattern of its parts, read as one stream without extracting it; by default
+            the source's folder ``mbeir_images``, and where that is absent ``mbeir_images.tar.gz*`` in the source.
         max_bad_fraction: Share of the records that may be left out because they cannot be used.
         samples_per_shard: Records in a tar file.
+        num_workers: Processes that check pictures and write shards; 0 for none beside this one.
+        show_progress: Show a progress bar with rate and ETA.
 
     Returns:
         ``out``.
 
     Raises:
-        UserInputError: If the source is no such folder, ``out`` holds something else, or too many records are bad.
+        UserInputError: If the source is no such folder or incomplete, ``out`` holds something else, too many records
+            are bad, or the disk is full. What was finished is kept for the next run.
     """
     layout, out = MBEIRLayout(source), Path(out)
-    made_of = source_fingerprint(layout, max_bad_fraction, samples_per_shard)
-    with locked(out):
-        manifest = out / MANIFEST_FILE
-        if manifest.is_file() and json.loads(manifest.read_text())["fingerprint"] == made_of:
+    parts = archive_parts(layout, archive)
+    content = source_fingerprint(layout, parts, samples_per_shard)
+    made_of = fingerprint(content, max_bad_fraction)
+    with locked(out), resumable(out):
+        if _made_of(out) == made_of:
             return out
-        if out.exists() and any(out.iterdir()) and not manifest.is_file():
+        if out.exists() and any(out.iterdir()) and _made_of(out) is None:
             raise UserInputError(f"shards={str(out)!r} holds other files; give a new or empty folder")
-        with building_directory(out) as directory:
-            _Writer(layout, directory, samples_per_shard).write(made_of, max_bad_fraction)
+        building = out.with_name(f".{out.name}.building")
+        if _made_of(building) != made_of:
+            _start(building, content)
+            conversion = _Conversion(layout, building, parts, samples_per_shard, num_workers, show_progress)
+            conversion.run(made_of, max_bad_fraction)
+        _publish(building, out)
     return out
 
 
-def source_fingerprint(layout: MBEIRLayout, *settings: Any) -> str:
-    """Fingerprint of names, sizes and times of a source's files other than pictures, and of the settings."""
-    parts = ("query", "cand_pool", "qrels", "instructions")
-    files = sorted(p for part in parts for p in (layout.source / part).rglob("*") if p.is_file())
-    stats = [(str(p.relative_to(layout.source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+def source_fingerprint(layout: MBEIRLayout, parts: list[Path], *settings: Any) -> str:
+    """Fingerprint of names, sizes and times of a source's files other than extracted pictures, and of the settings."""
+    folders = ("query", "cand_pool", "qrels", "instructions")
+    files = sorted(p for folder in folders for p in (layout.source / folder).rglob("*") if p.is_file())
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in [*files, *parts]]
     return fingerprint(FORMAT_VERSION, str(layout.source.resolve()), stats, settings)
 
 
-class _Writer:
-    """Holds what one conversion accumulates: shards, index rows, counts and records left out."""
+def _made_of(directory: Path) -> str | None:
+    """The fingerprint of the source that finished shards were made of; None where there are none."""
+    manifest = directory / MANIFEST_FILE
+    if not manifest.is_file():
+        return None
+    content = json.loads(manifest.read_text())
+    return str(content.get("made_of", content.get("fingerprint")))  # the first format had but one
 
-    def __init__(self, layout: MBEIRLayout, directory: Path, samples_per_shard: int) -> None:
-        self.layout = layout
-        self.directory = directory
-        self.samples_per_shard = samples_per_shard
-        self.shards: list[dict[str, Any]] = []
-        self.rows: list[dict[str, Any]] = []
-        self.bad: list[dict[str, str]] = []
-        self.total = 0
-        self.unreachable: list[str] = []
-        self._pictures: dict[str, str | None] = {}  # path -> why it cannot be used
 
-    def write(self, made_of: str, max_bad_fraction: float) -> None:
-        pools = self._read_pools()
-        candidates = [(record, sorted(names)) for record, names in pools.values()]
-        self._write_shards("candidates", candidates, self._candidate_sample)
-        written = {row["id"]: row["pools"] for row in self.rows}
-        for split in SPLITS:
-            queries = list(self._read_queries(split, written))
-            if queries:
-                self._write_shards(f"queries-{split}", queries, self._query_sample)
-        self._check_bad(max_bad_fraction)
-        pq.write_table(pa.Table.from_pylist(self.rows, INDEX_SCHEMA), self.directory / INDEX_FILE)
-        shutil.copyfile(self.layout.instructions_file, self.directory / INSTRUCTIONS_FILE)
-        manifest = {
-            "version": FORMAT_VERSION,
-            "fingerprint": made_of,
-            "source": str(self.layout.source.resolve()),
-            "counts": self._counts(),
-            "shards": self.shards,
-            "bad_records": self.bad,
-            "queries_without_reachable_positive": self.unreachable,
-        }
-        (self.directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+def _start(building: Path, content: str) -> None:
+    """Keep what an earlier run of the same conversion finished, and nothing else."""
+    note = building / "work" / "made_of"
+    if not note.is_file() or note.read_text() != content:
+        shutil.rmtree(building, ignore_errors=True)
+        write_atomically(note, content)
 
-    def _counts(self) -> dict[str, dict[str, int]]:
-        """Number of candidates in each pool and of queries of each task and split."""
-        pools = Counter(name for row in self.rows for name in row["pools"])
-        queries = Counter(f"{row['task']}/{row['split']}" for row in self.rows if row["task"])
-        return {"pools": dict(pools), "queries": dict(queries)}
 
-    def _good(self, records: Iterable[Any]) -> Iterator[Any]:
-        """Count records and keep those that can be used, their pictures included."""
-        for record in records:
-            self.total += 1
-            if isinstance(record, BadRecord):
-                self._leave_out(record.where, record.reason)
-                continue
-            reason = self._picture_problem(record.image)
-            if reason is None:
-                yield record
-            else:
-                name = record.qid if isinstance(record, QueryRecord) else record.did
-                self._leave_out(name, f"picture {record.image} {reason}")
+def _publish(building: Path, out: Path) -> None:
+    """Put finished shards in the place of what is at ``out``."""
+    shutil.rmtree(building / "work", ignore_errors=True)
+    old = out.with_name(f".{out.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():  # moved away whole: deleting it in place could be cut short and leave a part of it
+        out.rename(old)
+    building.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
-    def _leave_out(self, where: str, reason: str) -> None:
-        entry = {"record": where, "reason": reason}
-        if entry not in self.bad:  # a candidate may stand in several pools
-            log.warning("left out %s: %s", where, reason)
-            self.bad.append(entry)
 
-    def _picture_problem(self, image: str | None) -> str | None:
-        if image is None:
-            return None
-        if image not in self._pictures:
-            self._pictures[image] = _picture_problem(self.layout.source / image)
-        return self._pictures[image]
+class _Conversion:
+    """One conversion: reads the records, then writes pictures, records and manifest."""
 
-    def _read_pools(self) -> dict[int, tuple[CandidateRecord, set[str]]]:
-        pools: dict[int, tuple[CandidateRecord, set[str]]] = {}
-        files = list(self.layout.pool_files())
-        if not any(name == TRAIN_POOL for name, _ in files):
-            # A dataset of one's own need not have a training pool: all its candidates are one.
-            files += [(TRAIN_POOL, path) for _, path in files]
-        for name, path in track(files, "reading pools"):
-            for record in self._good(self.layout.candidates(path)):
-                first, names = pools.setdefault(encode_id(record.did), (record, set()))
-                if record == first:
-                    names.add(name)
-                else:
-                    self._leave_out(f"{path}: {record.did}", "stands elsewhere with other content")
-        if not pools:
-            raise UserInputError(f"{self.layout.source}/cand_pool holds no candidate that can be used")
-        return dict(sorted(pools.items()))
+    def __init__(
+        self,
+        layout: MBEIRLayout,
+        directory: Path,
+        parts: list[Path],
+        samples_per_shard: int,
+        num_workers: int,
+        show_progress: bool,
+    ) -> None:
+        self.layout, self.directory, self.parts = layout, directory, parts
+        self.samples_per_shard, self.num_workers = samples_per_shard, num_workers
+        self.progress = progress_bar(show_progress)
+        self.database = directory / "work" / "catalog.sqlite"
+        self.catalog = Catalog(self.database, layout)
 
-    def _read_queries(self, split: str, pools: dict[int, list[str]]) -> Iterator[QueryRecord]:
-        judged = self.layout.qrels(split) if split != "train" else {}
-        for path in track(self.layout.query_files(split), f"reading {split} queries"):
-            for query in self._good(self.layout.queries(path)):
-                positives = judged.get(query.task.name, {}).get(query.qid, query.positives)
-                query = QueryRecord(**{**vars(query), "positives": positives})
-                if split == "train":
-                    reachable = any(TRAIN_POOL in pools.get(encode_id(did), ()) for did in positives)
-                else:
-                    names = (name for did in positives for name in pools.get(encode_id(did), ()))
-                    reachable = any(name.endswith(f"/{split}") for name in names)
-                if not reachable and split == "train":
-                    self._leave_out(f"{path}: {query.qid}", f"no positive of {list(positives)} is in the training pool")
-                    continue
-                if not reachable:  # it counts, as a query that no retriever can answer
-                    log.warning("%s query %s: no positive is in a pool of its split; it scores 0", split, query.qid)
-                    self.unreachable.append(f"{split} {query.qid}")
-                yield query
+    def run(self, made_of: str, max_bad_fraction: float) -> None:
+        try:
+            with self.progress:
+                self.catalog.read(self.progress)
+                if not self.catalog.count("candidates"):
+                    raise UserInputError(f"{self.layout.source}/cand_pool holds no candidate that can be used")
+                self._check_pools()
+                self.catalog.check_bad(max_bad_fraction)
+                self._write_pictures()
+                self._settle(max_bad_fraction)
+                jobs = list(self._record_jobs())
+                self._write_records(jobs)
+            self._finish(jobs, made_of)
+        finally:
+            self.catalog.close()
 
-    def _write_shards(self, kind: str, records: list[Any], sample: Any) -> None:
-        starts = range(0, len(records), self.samples_per_shard)
-        for number, start in enumerate(track(starts, f"writing {kind}")):
-            path = self.directory / f"{kind}-{number:05d}.tar"
-            split = kind.partition("-")[2]
-            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for record in records[start : start + self.samples_per_shard]:
-                    row, content, image = sample(record)
-                    key = f"{row['id']:016d}"
-                    row |= {"split": split, "shard": len(self.shards)}
-                    row["offset"], row["size"] = _add(tar, f"{key}.json", json.dumps(content).encode())
-                    row["image_offset"], row["image_size"] = 0, 0
-                    if image is not None:
-                        picture = self.layout.source / image
-                        row["image_offset"], row["image_size"] = _add(
-                            tar, f"{key}{picture.suffix.lower() or '.img'}", picture.read_bytes()
-                        )
-                    self.rows.append(row)
-            self.shards.append({"file": path.name, "sha256": file_sha256(path), "size": path.stat().st_size})
+    def _settle(self, max_bad_fraction: float) -> None:
+        try:
+            self.catalog.settle(max_bad_fraction)
+        except UserInputError:
+            if not self.parts:
+                self.catalog.forget_broken_pictures()
+            raise
 
-    @staticmethod
-    def _candidate_sample(pair: tuple[CandidateRecord, list[str]]) -> Sample:
-        record, pools = pair
-        row = {"id": encode_id(record.did), "modality": record.modality.code, "task": "", "pools": pools}
-        row["positives"] = []
-        return row, {"did": record.did, "txt": record.text, "modality": record.modality.value}, record.image
-
-    @staticmethod
-    def _query_sample(record: QueryRecord) -> Sample:
-        content = {
-            "qid": record.qid,
-            "query_txt": record.text,
-            "query_modality": record.modality.value,
-            "task_id": record.task.task_id,
-            "pos_cand_list": record.positives,
-            "neg_cand_list": record.negatives,
-        }
-        row = {
-            "id": encode_id(record.qid),
-            "modality": record.modality.code,
-            "task": record.task.name,
-            "pools": [],
-            "positives": [encode_id(did) for did in record.positives],
-        }
-        return row, content, record.image
-
-    def _check_bad(self, limit: float) -> None:
-        share = len(self.bad) / max(1, self.total)
-        if share > limit:
-            first = "; ".join(f"{b['record']}: {b['reason']}" for b in self.bad[:5])
+    def _check_pools(self) -> None:
+        pools = set(self.catalog.pool_names())
+        rows = self.catalog.db.execute("SELECT DISTINCT task || '/' || split FROM queries WHERE split != 'train'")
+        missing = sorted({name for (name,) in rows} - pools)
+        if missing:
+            task = missing[0].partition("/")[0]
             raise UserInputError(
-                f"{len(self.bad)} of {self.total} records of {self.layout.source} cannot be used ({share:.2%}, "
-                f"max_bad_fraction={limit:.2%}): {first}. Mend them, or raise max_bad_fraction to leave them out"
+                f"{self.layout.source} has queries but no local pool for {', '.join(missing)}: "
+                f"cand_pool/local/mbeir_{task}_cand_pool.jsonl is missing; fetch or write it"
             )
 
+    def _write_pictures(self) -> None:
+        """Write every picture that a record names, and note where it lies or why it cannot be used."""
+        db = self.catalog.db
+        if self.catalog.is_done("pictures"):
+            return
+        total = self.catalog.count("pictures")
+        bar = self.progress.add_task("writing pictures", total=total)
+        written = {shard for (shard,) in db.execute("SELECT DISTINCT shard FROM pictures WHERE shard IS NOT NULL")}
+        jobs = (job for job in self._picture_jobs() if job.shard not in written)
+        self.progress.advance(bar, self.catalog.count("pictures", "shard IS NOT NULL"))
+        for places in run_jobs(ShardJobs(self.directory, self.database, self.layout.source), jobs, self.num_workers):
+            db.execute("BEGIN")
+            db.executemany("UPDATE pictures SET shard = ?, place = ?, size = ?, problem = ? WHERE number = ?", places)
+            db.execute("COMMIT")
+            self.progress.advance(bar, len(places))
+        missing = "is missing from the archive" if self.parts else "is missing"
+        db.execute("UPDATE pictures SET problem = ? WHERE shard IS NULL", (missing,))
+        self.catalog.finish("pictures")
+        self.progress.remove_task(bar)
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
-    """Add a file to a tar; returns where its bytes begin, and their number."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-    padded = -len(data) % tarfile.BLOCKSIZE + len(data)
-    return tar.offset - padded, len(data)
+    def _picture_jobs(self) -> Iterator[PictureJob]:
+        """The shards of pictures: in order of first mention from a folder, in its own order from an archive."""
+        if self.parts:
+            yield from self._archive_jobs()
+            return
+        some = "SELECT number, path, NULL FROM pictures WHERE number > ? AND number <= ? ORDER BY number"
+        for shard, start in enumerate(range(0, self.catalog.count("pictures"), PICTURES_PER_SHARD)):
+            yield PictureJob(shard, self.catalog.db.execute(some, (start, start + PICTURES_PER_SHARD)).fetchall())
+
+    def _archive_jobs(self) -> Iterator[PictureJob]:
+        db = self.catalog.db
+        total, shard, size = self.catalog.count("pictures"), 0, 0
+        taken = bytearray(total + 1)
+        batch: list[tuple[int, str, bytes | None]] = []
+        for path, data in stream_archive(self.parts) if total else ():
+            row = db.execute("SELECT number FROM pictures WHERE path = ?", (path,)).fetchone()
+            if row is None or taken[row[0]]:
+                continue
+            taken[row[0]] = 1
+            batch.append((row[0], path, data))
+            size += len(data)
+            if len(batch) == PICTURES_PER_SHARD or size >= PICTURE_BYTES_PER_SHARD:
+                yield PictureJob(shard, batch)
+                batch, size, shard = [], 0, shard + 1
+        if batch:
+            yield PictureJob(shard, batch)
+
+    def _record_jobs(self) -> Iterator[RecordJob]:
+        """The shards of records, each a range of ids or of numbers."""
+        shard = self.catalog.db.execute("SELECT coalesce(max(shard) + 1, 0) FROM pictures").fetchone()[0]
+        ranges = [("candidates", "", "SELECT id FROM candidates ORDER BY id")]
+        ranges += [
+            (f"queries-{split}", split, f"SELECT number FROM queries WHERE split = '{split}' ORDER BY number")
+            for split in SPLITS
+        ]
+        for kind, split, query in ranges:
+            keys = (key for (key,) in self.catalog.db.execute(query))
+            for number, chunk in enumerate(_chunks(keys, self.samples_per_shard)):
+                yield RecordJob(shard, f"{kind}-{number:05d}", split, *chunk)
+                shard += 1
+
+    def _write_records(self, jobs: list[RecordJob]) -> None:
+        work = self.directory / "work"
+        bar = self.progress.add_task("writing records", total=sum(job.count for job in jobs))
+        done = {job for job in jobs if (work / f"{job.name}.parquet").is_file()}
+        self.progress.advance(bar, sum(job.count for job in done))
+        todo = (job for job in jobs if job not in done)
+        for count in run_jobs(ShardJobs(self.directory, self.database, self.layout.source), todo, self.num_workers):
+            self.progress.advance(bar, count)
+        self.progress.remove_task(bar)
+
+    def _finish(self, jobs: list[RecordJob], made_of: str) -> None:
+        """Write index and manifest; the manifest comes last and makes the shards whole."""
+        pools = dict.fromkeys(self.catalog.pool_names(), 0)
+        with replacing(self.directory / INDEX_FILE) as temporary, pq.ParquetWriter(temporary, INDEX_SCHEMA) as writer:
+            for job in jobs:
+                writer.write_table(pq.read_table(self.directory / "work" / f"{job.name}.parquet"))
+        db = self.catalog.db
+        counted = "SELECT name, count(*) FROM members JOIN pools ON number = pool GROUP BY pool ORDER BY pool"
+        pools |= dict(db.execute(counted).fetchall())
+        queries = dict(db.execute("SELECT task || '/' || split, count(*) FROM queries GROUP BY split, task").fetchall())
+        n_images = db.execute("SELECT coalesce(max(shard) + 1, 0) FROM pictures").fetchone()[0]
+        names = [f"images-{number:05d}.tar" for number in range(n_images)] + [f"{job.name}.tar" for job in jobs]
+        shards = [
+            {"file": name, "sha256": file_sha256(self.directory / name), "size": (self.directory / name).stat().st_size}
+            for name in names
+        ]
+        shutil.copyfile(self.layout.instructions_file, self.directory / INSTRUCTIONS_FILE)
+        others = [file_sha256(self.directory / name) for name in (INDEX_FILE, INSTRUCTIONS_FILE)]
+        manifest = {
+            "version": FORMAT_VERSION,
+            "made_of": made_of,  # of which source: it tells whether the shards are stale
+            "fingerprint": fingerprint(shards, others),  # of the content: what vectors and negatives are known by
+            "source": str(self.layout.source.resolve()),
+            "counts": {"pools": pools, "queries": queries},
+            "shards": shards,
+            "bad_records": [
+                {"record": record, "reason": reason}
+                for record, reason in db.execute("SELECT record, reason FROM bad ORDER BY number")
+            ],
+            "queries_without_reachable_positive": [
+                record for (record,) in db.execute("SELECT record FROM unreachable ORDER BY number")
+            ],
+        }
+        write_atomically(self.directory / MANIFEST_FILE, json.dumps(manifest, indent=1))
 
 
-def _picture_problem(path: Path) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:  # PIL raises many kinds of errors on broken files
-        return f"cannot be decoded ({error})"
-    return None
+def _chunks(keys: Iterable[int], size: int) -> Iterator[tuple[int, int, int]]:
+    """First key, last key and number of keys of every chunk."""
+    keys = iter(keys)
+    while chunk := list(islice(keys, size)):
+        yield chunk[0], chunk[-1], len(chunk)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import mmap
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,10 +15,15 @@ import torch
 
 from lightning_mmembed.data.instructions import Instructions
 from lightning_mmembed.data.layout import TRAIN_POOL, read_instructions
-from lightning_mmembed.data.shard import INDEX_FILE, INSTRUCTIONS_FILE, MANIFEST_FILE
+from lightning_mmembed.data.places import Place
+from lightning_mmembed.data.shard import FORMAT_VERSION, INDEX_FILE, INSTRUCTIONS_FILE, MANIFEST_FILE
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Candidate, Item, Modality, Query, Task, decode_id, task_order
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
+
+#: Columns of the index that say where a record lies, and its picture.
+_OF_RECORDS = ("shard", "offset", "size")
+_OF_PICTURES = ("image_shard", "image_offset", "image_size")
 
 #: From (qid, query modality, task) to the instruction of a query.
 Instruct = Callable[[str, Modality, Task], str]
@@ -30,23 +33,28 @@ class Shards:
     """A dataset as shards; opened in every process that reads it, and cheap to pickle.
 
     Args:
-        directory: What :func:`shard_dataset` wrote.
+        directory: What :func:`shard_dataset` wrote: a folder, or a URL that fsspec reads, such as
+            ``"s3://bucket/shards"`` or, with local copies, ``"filecache::s3://bucket/shards"``.
 
     Raises:
-        UserInputError: If there is no manifest in the directory.
+        UserInputError: If there is no manifest, or one of another version.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        manifest = self.directory / MANIFEST_FILE
-        if not manifest.is_file():
+        self.directory = directory if isinstance(directory, Path) else str(directory)
+        self._place = Place(self.directory)
+        manifest = self._place.read(MANIFEST_FILE)
+        if manifest is None:
             raise UserInputError(
-                f"{manifest} is missing; make the shards with mmembed-shard source=... out={directory}"
+                f"{directory}/{MANIFEST_FILE} is missing; make the shards with mmembed-shard source=... out={directory}"
             )
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+        self.manifest: dict[str, Any] = json.loads(manifest)
+        if self.manifest["version"] != FORMAT_VERSION:
+            raise UserInputError(
+                f"{directory} holds shards of version {self.manifest['version']}, not {FORMAT_VERSION}; make them again"
+            )
         self.fingerprint: str = self.manifest["fingerprint"]
-        self.instructions = Instructions(read_instructions(self.directory / INSTRUCTIONS_FILE))
-        self._files: dict[int, mmap.mmap] = {}
+        self.instructions = Instructions(read_instructions(self._place.open(INSTRUCTIONS_FILE)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self.directory}
@@ -56,11 +64,12 @@ class Shards:
 
     @cached_property
     def _index(self) -> Any:
-        return pq.read_table(self.directory / INDEX_FILE)
+        with self._place.open(INDEX_FILE) as file:
+            return pq.read_table(file)
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        names = ("id", "shard", "offset", "size", "image_offset", "image_size", "modality")
+        names = [*_OF_RECORDS, *_OF_PICTURES, "id", "modality", "weight"]
         return {name: self._index[name].to_numpy() for name in names}
 
     @cached_property
@@ -105,6 +114,11 @@ class Shards:
         ids: np.ndarray = self._columns["id"][rows]
         return ids
 
+    def query_weights(self, rows: np.ndarray) -> np.ndarray:
+        """``(Q,)`` how often each query stands in the source's up-sampled file; without one, in its own file."""
+        weights: np.ndarray = self._columns["weight"][rows]
+        return weights
+
     def candidate(self, code: int) -> Candidate:
         """The candidate with an encoded id.
 
@@ -144,11 +158,11 @@ class Shards:
         pools = self._index["pools"].take(self.candidate_rows).combine_chunks()
         member = np.zeros(len(self.candidate_rows), dtype=bool)
         local: dict[str, np.ndarray] = {}
-        flat, parents = pools.flatten(), pc.list_parent_indices(pools).to_numpy()
-        for pool_name in self.manifest["counts"]["pools"]:
+        flat, parents = pools.flatten().to_numpy(), pc.list_parent_indices(pools).to_numpy()
+        for number, pool_name in enumerate(self.manifest["counts"]["pools"]):
             if pool_name == name or (name != TRAIN_POOL and pool_name.endswith(f"/{name}")):
                 inside = np.zeros(len(member), dtype=bool)
-                inside[parents[pc.equal(flat, pool_name).to_numpy(zero_copy_only=False)]] = True
+                inside[parents[flat == number]] = True
                 member |= inside
                 if pool_name != name:
                     local[pool_name.removesuffix(f"/{name}")] = inside
@@ -162,41 +176,43 @@ class Shards:
             local={task: torch.from_numpy(inside[member]) for task, inside in local.items()},
             items=_Rows(rows, self.candidate_at),
             fingerprint=self.pool_fingerprint(name),
+            sizes=torch.from_numpy(self._columns["size"][rows].astype(np.int64)),
         )
 
-    def query_sets(self, split: str, instruction_index: int = 0) -> list[QuerySet]:
-        """The queries of a split, one set a task, in canonical order."""
+    def query_sets(
+        self, split: str, instruction: int | Literal["random"] = 0, instruction_seed: int = 0
+    ) -> list[QuerySet]:
+        """The queries of a split, one set a task, in canonical order.
+
+        Args:
+            split: The split.
+            instruction: Which of the prompts every query gets, or ``"random"`` to draw one for each.
+            instruction_seed: Seed of the draw.
+        """
+        if instruction == "random":
+            instruct: Instruct = partial(self.instructions.draw, seed=instruction_seed, epoch=0)
+            mode = f"random-{instruction_seed}"
+        else:
+            instruct, mode = partial(self.instructions.fixed, index=instruction), str(instruction)
         rows = self.query_rows(split)
         names = self.task_names(rows)
         sets = []
         for task in self.tasks(split):
             mine = rows[names == task.name]
-            positives = self.positives(mine)
-            ids = torch.from_numpy(self.query_ids(mine))
-            instruct = partial(self.instructions.fixed, index=instruction_index)
             queries = _Rows(mine, partial(self.query_at, instruct=instruct))
-            made_of = f"{self.fingerprint}/{split}/{task.name}/{instruction_index}"
-            sets.append(QuerySet(task, ids, positives, queries, made_of))
+            made_of = f"{self.fingerprint}/{split}/{task.name}/{mode}"
+            sizes = torch.from_numpy(self._columns["size"][mine].astype(np.int64))
+            ids = torch.from_numpy(self.query_ids(mine))
+            sets.append(QuerySet(task, ids, self.positives(mine), queries, made_of, sizes))
         return sets
 
     def _read(self, row: int) -> tuple[dict[str, Any], bytes | None]:
-        columns = self._columns
-        shard = int(columns["shard"][row])
-        record = json.loads(self._bytes(shard, int(columns["offset"][row]), int(columns["size"][row])))
-        size = int(columns["image_size"][row])
-        return record, self._bytes(shard, int(columns["image_offset"][row]), size) if size else None
+        record = json.loads(self._bytes(row, *_OF_RECORDS))
+        return record, self._bytes(row, *_OF_PICTURES) if self._columns["image_size"][row] else None
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        name = self.directory / self.manifest["shards"][shard]["file"]
-        if shard not in self._files:
-            with open(name, "rb") as file:
-                # Mapped, not read: no position to share among threads and forked workers, no system call a record.
-                if os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
-                    self._files[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        data = self._files[shard][offset : offset + size] if shard in self._files else b""
-        if len(data) != size:
-            raise UserInputError(f"{name} ends before byte {offset + size}; it is truncated: make the shards again")
-        return data
+    def _bytes(self, row: int, shard: str, offset: str, size: str) -> bytes:
+        name = self.manifest["shards"][int(self._columns[shard][row])]["file"]
+        return self._place.read_at(name, int(self._columns[offset][row]), int(self._columns[size][row]))
 
 
 class _Rows(Sequence[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,13 +13,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_mmembed.encoders.mllm import MLLMEncoder
-from lightning_mmembed.files import fingerprint, replacing, write_atomically
+from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import fingerprint, resumable, write_atomically
 from lightning_mmembed.items import Candidate, Query
+from lightning_mmembed.progress import progress_bar
+from lightning_mmembed.retrieval.pool import Pool, QuerySet
+from lightning_mmembed.retrieval.vectors import Vectors, open_part
 
 PART_SIZE = 8192
 
@@ -75,11 +79,13 @@ class VectorStore:
         content: str,
         made_by: str,
         label: str,
-    ) -> Tensor:
-        """The vectors of some entries: read where they are already there, computed where not.
+        likeness: Sequence[Tensor] = (),
+    ) -> Vectors:
+        """The vectors of some entries: left where they are already there, computed where not.
 
         A part that is there was written whole by the same weights from the same content; anything else has another
-        fingerprint and so another folder. A run that was killed goes on at the first missing part.
+        fingerprint and so another folder. A run that was killed goes on at the first missing part. A part that has
+        been cut short since is computed again.
 
         Args:
             encoder: The encoder.
@@ -87,21 +93,40 @@ class VectorStore:
             content: Fingerprint of the entries.
             made_by: :func:`encoder_fingerprint` of the encoder.
             label: What the progress bar says.
+            likeness: ``(N,)`` keys, the first weighs most: within a part, entries are encoded in their order, so that
+                a batch has few kinds and little padding. The vectors do not depend on it.
 
         Returns:
-            ``(N, D)`` unit vectors on the CPU, in the stored precision.
+            ``(N, D)`` unit vectors on disk, in the order of the entries.
+
+        Raises:
+            UserInputError: If the disk is full.
         """
         folder = self.directory / fingerprint(content, made_by, self.dtype.name)
         folder.mkdir(parents=True, exist_ok=True)
-        starts = range(0, len(entries), PART_SIZE)
-        paths = [folder / f"part-{number:05d}.npy" for number in range(len(starts))]
-        missing = [n for n, path in enumerate(paths) if n % self.world_size == self.rank and not path.is_file()]
+        parts = {
+            folder / f"part-{number:05d}.npy": range(start, min(start + PART_SIZE, len(entries)))
+            for number, start in enumerate(range(0, len(entries), PART_SIZE))
+        }
+        own = list(parts.items())[self.rank :: self.world_size]
+        missing = {path: rows for path, rows in own if not self._is_whole(path, len(rows), encoder.embedding_dim)}
         if missing:
-            write_atomically(folder / "made_of.json", json.dumps({"content": content, "encoder": made_by}))
-            self._compute(encoder, entries, {n: (starts[n], paths[n]) for n in missing}, label)
+            with resumable(folder):
+                write_atomically(folder / "made_of.json", json.dumps({"content": content, "encoder": made_by}))
+                self._compute(encoder, entries, missing, label, likeness)
         self.barrier()
-        parts = [torch.from_numpy(np.load(path, allow_pickle=False)) for path in paths]
-        return torch.cat(parts) if parts else torch.zeros(0, encoder.embedding_dim)
+        return Vectors(list(parts), encoder.embedding_dim)
+
+    def embed_pool(self, encoder: MLLMEncoder, pool: Pool, made_by: str) -> Vectors:
+        """The vectors of a pool; see :meth:`embed`."""
+        label = f"embedding the {pool.name} pool"
+        return self.embed(encoder, pool.items, pool.fingerprint, made_by, label, pool.likeness)
+
+    def embed_queries(self, encoder: MLLMEncoder, queries: QuerySet, made_by: str) -> Tensor:
+        """The vectors of a task's queries, which unlike a pool fit in memory: ``(Q, D)``; see :meth:`embed`."""
+        label = f"embedding queries of {queries.task.name}"
+        vectors = self.embed(encoder, queries.queries, queries.fingerprint, made_by, label, queries.likeness)
+        return vectors.read(0, len(vectors))
 
     def prune(self, made_by: str) -> None:
         """Delete the vectors of every other encoder: those of earlier steps of a run, which nothing will ask for."""
@@ -111,21 +136,30 @@ class VectorStore:
                     shutil.rmtree(made_of.parent)
         self.barrier()
 
+    def _is_whole(self, path: Path, rows: int, dim: int) -> bool:
+        try:
+            part = open_part(path)
+        except UserInputError:
+            return False
+        return (part.rows, part.dim, part.dtype) == (rows, dim, self.dtype)
+
     def _compute(
         self,
         encoder: MLLMEncoder,
         entries: Sequence[Query] | Sequence[Candidate],
-        parts: dict[int, tuple[int, Path]],
+        parts: dict[Path, range],
         label: str,
+        likeness: Sequence[Tensor],
     ) -> None:
-        sizes = {n: min(PART_SIZE, len(entries) - start) for n, (start, _) in parts.items()}
         # Each rank computes other parts, so nothing in here may wait for another process.
-        with Progress(disable=not self.show_progress or self.rank > 0, transient=True) as progress:
-            bar = progress.add_task(label, total=sum(sizes.values()))
-            for n, (start, path) in parts.items():
-                part: Subset[Any] = Subset(cast(Any, entries), range(start, start + sizes[n]))
+        with progress_bar(self.show_progress and self.rank == 0) as progress:
+            bar = progress.add_task(label, total=sum(len(rows) for rows in parts.values()))
+            for path, rows in parts.items():
+                # Sorted anew in each part, by what the part holds alone: a part has one content, whatever was there
+                # before.
+                order = _sorted_by(likeness, rows)
                 batches = DataLoader(
-                    part,
+                    cast(Any, Subset(cast(Any, entries), [rows[i] for i in order.tolist()])),
                     batch_size=self.batch_size,
                     collate_fn=encoder.processor,
                     num_workers=self.num_workers,
@@ -134,5 +168,17 @@ class VectorStore:
                 for inputs in batches:
                     vectors.append(encoder.encode_inputs(inputs))
                     progress.advance(bar, len(inputs))
-                with replacing(path) as temporary, open(temporary, "wb") as file:
-                    np.save(file, torch.cat(vectors).numpy().astype(self.dtype))
+                part = np.empty((len(rows), encoder.embedding_dim), self.dtype)
+                part[order] = torch.cat(vectors).numpy()
+                # Through memory: into a file on a full disk, np.save may leave out the end without an error.
+                file = io.BytesIO()
+                np.save(file, part)
+                write_atomically(path, file.getvalue())
+
+
+def _sorted_by(likeness: Sequence[Tensor], rows: range) -> np.ndarray:
+    """Places within a range of rows, in the order of some keys; of equals the first one first."""
+    if not likeness:
+        return np.arange(len(rows))
+    # lexsort takes the key that weighs most last.
+    return np.lexsort([key[rows.start : rows.stop].numpy() for key in reversed(likeness)])

@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_mmembed.encoders.mllm import MLLMEncoder
-from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric, per_query_metrics
+from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import VectorStore, encoder_fingerprint
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
-from lightning_mmembed.retrieval.results import RetrievalResult, TaskResult, judge
-from lightning_mmembed.retrieval.search import exact_search
+from lightning_mmembed.retrieval.results import RetrievalResult, score_task
+from lightning_mmembed.retrieval.search import EXACT, Ranking, Request, SearchSettings, search_pool
+from lightning_mmembed.retrieval.vectors import Vectors
 
 #: Depth of the rankings that are kept and written as TREC runs.
 RUN_DEPTH = 50
 
 
-def evaluate_task(
-    queries: QuerySet,
-    query_vectors: Tensor,
+def evaluate_vectors(
     pool: Pool,
-    pool_vectors: Tensor,
+    pool_vectors: Tensor | Vectors,
+    query_sets: Sequence[QuerySet],
+    query_vectors: Sequence[Tensor],
     metrics: Sequence[str] = DEFAULT_METRICS,
     k: int = RUN_DEPTH,
-) -> TaskResult:
-    """Rank and score one task over the union pool and, where it has one, its local pool.
+    search: SearchSettings = EXACT,
+) -> RetrievalResult:
+    """Rank and score all tasks over the union pool and, where they have one, their local pool.
 
-    Every labelled positive counts, whether the pool holds it or not; a query without any is scored 0.
+    Every labelled positive counts, whether the pool holds it or not; a query without any is scored 0. The vectors of
+    the pool are read once for all tasks.
 
     Args:
-        queries: The queries.
-        query_vectors: ``(Q, D)`` unit vectors.
         pool: The union pool.
         pool_vectors: ``(N, D)`` unit vectors, in the order of the pool.
+        query_sets: The queries, a set a task.
+        query_vectors: For each set ``(Q, D)`` unit vectors.
         metrics: Canonical metric names.
         k: Depth of the rankings; at least the depth of every metric.
+        search: How to search.
+
+    Returns:
+        The rankings and values of every task; ``search_info`` holds the measured recall of an approximate search.
 
     Raises:
         ValueError: If a metric is deeper than ``k``.
@@ -44,15 +51,26 @@ def evaluate_task(
     deepest = max(parse_metric(name)[1] for name in metrics)
     if deepest > k:
         raise ValueError(f"k={k} is less than the depth of a metric ({deepest}); raise k")
-    subsets = {"union": None, "local": pool.local.get(queries.task.name)}
-    searched = {name: mask for name, mask in subsets.items() if name == "union" or mask is not None}
-    rankings = exact_search(query_vectors, pool_vectors, k, list(searched.values()))
-    n_positives = torch.tensor([len(set(labelled)) for labelled in queries.positives])
-    values = {}
-    for name, ranking in zip(searched, rankings, strict=True):
-        judged = judge(ranking, pool, queries.positives, queries.task.target_modality)
-        values[name] = per_query_metrics(*judged, n_positives, metrics)
-    return TaskResult(queries, dict(zip(searched, rankings, strict=True)), values)
+    pools: list[dict[str, Tensor | None]] = []
+    for queries in query_sets:
+        local = pool.local.get(queries.task.name)
+        pools.append({"union": None} if local is None else {"union": None, "local": local})
+    requests = [(vectors, list(subsets.values())) for vectors, subsets in zip(query_vectors, pools, strict=True)]
+    rankings, info = _search(requests, pool_vectors, k, search)
+    results = {}
+    for queries, subsets, found in zip(query_sets, pools, rankings, strict=True):
+        results[queries.task.name] = score_task(queries, pool, dict(zip(subsets, found, strict=True)), metrics)
+    return RetrievalResult(pool, results, search_info=info)
+
+
+def _search(
+    requests: Sequence[Request], pool: Tensor | Vectors, k: int, settings: SearchSettings
+) -> tuple[list[list[Ranking]], dict[str, Any]]:
+    if settings.backend == "ivf":
+        from lightning_mmembed.retrieval.faiss_search import ivf_search
+
+        return ivf_search(requests, pool, k, settings)
+    return search_pool(requests, pool, k, settings), {}
 
 
 def evaluate_retrieval(
@@ -61,14 +79,14 @@ def evaluate_retrieval(
     query_sets: Sequence[QuerySet],
     store: VectorStore,
     metrics: Sequence[str] = DEFAULT_METRICS,
+    search: SearchSettings = EXACT,
 ) -> RetrievalResult:
-    """Embed a pool and the queries of all tasks, rank and score; see :func:`evaluate_task`."""
+    """Embed a pool and the queries of all tasks, rank and score; see :func:`evaluate_vectors`.
+
+    The search runs where the encoder is, unless ``search`` names a device.
+    """
     made_by = encoder_fingerprint(encoder)
-    pool_vectors = store.embed(encoder, pool.items, pool.fingerprint, made_by, f"embedding the {pool.name} pool")
-    results = {}
-    for queries in query_sets:
-        vectors = store.embed(
-            encoder, queries.queries, queries.fingerprint, made_by, f"embedding queries of {queries.task.name}"
-        )
-        results[queries.task.name] = evaluate_task(queries, vectors, pool, pool_vectors, metrics)
-    return RetrievalResult(pool, results)
+    pool_vectors = store.embed_pool(encoder, pool, made_by)
+    query_vectors = [store.embed_queries(encoder, queries, made_by) for queries in query_sets]
+    search = search.on(encoder.image_mean.device)
+    return evaluate_vectors(pool, pool_vectors, query_sets, query_vectors, metrics, search=search)

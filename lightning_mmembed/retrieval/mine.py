@@ -6,12 +6,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lightning_mmembed.encoders.mllm import MLLMEncoder
 from lightning_mmembed.mining import mine_modality_aware
 from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
-from lightning_mmembed.retrieval.search import Ranking, exact_search
+from lightning_mmembed.retrieval.search import EXACT, Ranking, SearchSettings, search_pool
+from lightning_mmembed.retrieval.vectors import Vectors
+
+
+def mine_vectors(
+    pool: Pool,
+    pool_vectors: Tensor | Vectors,
+    query_sets: Sequence[QuerySet],
+    query_vectors: Sequence[Tensor],
+    k: int = 50,
+    k_prime: int = 45,
+    search: SearchSettings = EXACT,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Mine modality-aware hard negatives for every query; see :func:`~lightning_mmembed.mining.mine_modality_aware`.
+
+    Args:
+        pool: The training pool.
+        pool_vectors: ``(N, D)`` unit vectors, in the order of the pool; they are read once for all tasks.
+        query_sets: The training queries, a set a task.
+        query_vectors: For each set ``(Q, D)`` unit vectors.
+        k: Depth of the ranking.
+        k_prime: Rank below which candidates of the wanted modality count as negatives.
+        search: How to search; an approximate search is refused, since the rule goes by ranks.
+
+    Returns:
+        A column for each name of the negatives' schema (qid, did, kind, rank, score), and by task an audit: queries,
+        queries with a negative of each kind and with none, labelled positives met among the top ``k``.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in ("qid", "did", "kind", "rank", "score")}
+    audit = {}
+    rankings = search_pool([(vectors, (None,)) for vectors in query_vectors], pool_vectors, k, search)
+    for queries, (ranking,) in zip(query_sets, rankings, strict=True):
+        audit[queries.task.name] = _mine_task(queries, pool, ranking, k, k_prime, columns)
+    return {name: np.array(values) for name, values in columns.items()}, audit
 
 
 def mine_negatives(
@@ -22,8 +56,11 @@ def mine_negatives(
     made_by: str,
     k: int = 50,
     k_prime: int = 45,
+    search: SearchSettings = EXACT,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Mine modality-aware hard negatives for every query; see :func:`~lightning_mmembed.mining.mine_modality_aware`.
+    """Embed a pool and the queries of all tasks, and mine; see :func:`mine_vectors`.
+
+    The search runs where the encoder is, unless ``search`` names a device.
 
     Args:
         encoder: What ranks.
@@ -33,20 +70,12 @@ def mine_negatives(
         made_by: Fingerprint of the encoder.
         k: Depth of the ranking.
         k_prime: Rank below which candidates of the wanted modality count as negatives.
-
-    Returns:
-        A column for each name of the negatives' schema (qid, did, kind, rank, score), and by task an audit: queries,
-        queries with a negative of each kind and with none, labelled positives met among the top ``k``.
+        search: How to search.
     """
-    vectors = store.embed(encoder, pool.items, pool.fingerprint, made_by, f"embedding the {pool.name} pool")
-    columns: dict[str, list[Any]] = {name: [] for name in ("qid", "did", "kind", "rank", "score")}
-    audit = {}
-    for queries in query_sets:
-        label = f"embedding training queries of {queries.task.name}"
-        query_vectors = store.embed(encoder, queries.queries, queries.fingerprint, made_by, label)
-        ranking = exact_search(query_vectors, vectors, k)[0]
-        audit[queries.task.name] = _mine_task(queries, pool, ranking, k, k_prime, columns)
-    return {name: np.array(values) for name, values in columns.items()}, audit
+    pool_vectors = store.embed_pool(encoder, pool, made_by)
+    query_vectors = [store.embed_queries(encoder, queries, made_by) for queries in query_sets]
+    search = search.on(encoder.image_mean.device)
+    return mine_vectors(pool, pool_vectors, query_sets, query_vectors, k, k_prime, search)
 
 
 def _mine_task(

@@ -34,6 +34,7 @@ class Pool:
         local: For each task the ``(N,)`` boolean mask of its local pool.
         items: The candidates, read when they are asked for.
         fingerprint: Changes whenever the content does.
+        sizes: ``(N,)`` int64 bytes of each candidate's text, for batches of like length; ``None`` if not known.
     """
 
     name: str
@@ -42,9 +43,15 @@ class Pool:
     local: Mapping[str, Tensor]
     items: Sequence[Candidate]
     fingerprint: str
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def likeness(self) -> tuple[Tensor, ...]:
+        """What candidates of one batch should have in common: modality, then size. Nothing if that is not known."""
+        return () if self.sizes is None else (self.modalities, self.sizes)
 
     def rows_of(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Rows of some ids, ``(Q, P)`` for ``Q`` lists of at most ``P``; -1 for padding and for ids not in the pool.
@@ -69,6 +76,7 @@ class QuerySet:
         positives: Encoded ``did`` of the labelled positives of each query.
         queries: The queries with their instructions, read when they are asked for.
         fingerprint: Changes whenever the content does.
+        sizes: ``(Q,)`` int64 bytes of each query's text, for batches of like length; ``None`` if not known.
     """
 
     task: Task
@@ -76,6 +84,12 @@ class QuerySet:
     positives: Sequence[Sequence[int]]
     queries: Sequence[Query]
     fingerprint: str
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def likeness(self) -> tuple[Tensor, ...]:
+        """What queries of one batch should have in common: size; see :attr:`Pool.likeness`."""
+        return () if self.sizes is None else (self.sizes,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,21 @@ from typing import Any
 
 import jinja2
 
-from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import write_atomically
-from lightning_mmembed.items import TASK_MODALITIES, Modality, Task, task_order
+from lightning_mmembed.items import Modality, task_order
 from lightning_mmembed.retrieval.charts import draw_charts
-from lightning_mmembed.retrieval.table import MISSING, percent, task_names
-
-#: Columns of the per-task table, in order; other keys of ``metrics`` are not shares and stay out of it.
-METRIC_KEYS: tuple[str, ...] = (
-    *("hit@1", "hit@5", "hit@10"),
-    *("recall@1", "recall@5", "recall@10"),
-    *("mrr@10", "ndcg@10", "modality@1"),
+from lightning_mmembed.retrieval.compare import ComparedRun
+from lightning_mmembed.retrieval.table import MISSING, mark, percent, points
+from lightning_mmembed.retrieval.views import (
+    average,
+    comparison_views,
+    direction,
+    error_rows,
+    headline_figures,
+    task_table,
+    unreachable_rows,
 )
 
-_POOLS = ("union", "local")
 _MODALITIES = tuple(str(modality) for modality in Modality)
 
 
@@ -83,6 +83,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]] = (),
     stages: Sequence[Stage] = (),
     gallery: Sequence[GalleryQuery] = (),
+    comparison: Sequence[ComparedRun] = (),
     facts: Mapping[str, str] | None = None,
     config: str = "",
 ) -> Path:
@@ -92,9 +93,11 @@ def write_report(
         path: The HTML file; an older one is replaced once the new one is complete.
         title: Heading of the page.
         metrics: The content of ``metrics.json``: pool, then ``"tasks"`` (by name) or ``"average"``, then shares.
+            Headlines, errors, unreachable positives and the protocol are shown where they are in it.
         history: A row per logged event; ``"step"`` and any logged keys. A ``"mined"`` key marks a mining event.
         stages: Measurements in the order in which they were taken.
         gallery: Queries with their results, grouped by task in the page.
+        comparison: Per pool the run itself, then other runs, then published systems, which have a ``source``.
         facts: What the reader must know about the run, such as dataset, seed and versions.
         config: The run's configuration as YAML.
 
@@ -102,7 +105,8 @@ def write_report(
         ``path``.
     """
     sections = _sections(metrics, history, stages, gallery)
-    page = _template().render(title=title, facts=facts or {}, config=config, **sections)
+    compared = comparison_views(metrics, comparison)
+    page = _template().render(title=title, facts=facts or {}, config=config, comparison=compared, **sections)
     # A lone surrogate in a candidate's text must not cost the report.
     return write_atomically(path, page.encode(errors="replace"))
 
@@ -130,8 +134,9 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["missing"] = MISSING
+    environment.globals.update(missing=MISSING, mark=mark)
     environment.filters["percent"] = percent
+    environment.filters["points"] = points
     environment.filters["picture_uri"] = picture_uri
     return environment.get_template("report.html.j2")
 
@@ -144,56 +149,17 @@ def _sections(
 ) -> dict[str, Any]:
     """What the template lays out, computed; an empty value leaves its section out."""
     return {
-        "headline": _headline(metrics),
-        "table": _task_table(metrics),
+        "figures": headline_figures(metrics),
+        "protocol": metrics.get("protocol") or {},
+        "table": task_table(metrics),
+        "errors": error_rows(metrics),
+        "unreachable": unreachable_rows(metrics),
         "modalities": _MODALITIES,
         "matrices": [_matrix_view(stage) for stage in stages if _total(stage)],
         "stages": [stage.name for stage in stages],
         "stage_rows": _stage_rows(stages),
         "charts": draw_charts(history),
         "groups": _gallery_groups(gallery),
-    }
-
-
-def _average(metrics: Mapping[str, Any], pool: str, key: str) -> float | None:
-    value: float | None = ((metrics.get(pool) or {}).get("average") or {}).get(key)
-    return None if value is None or math.isnan(value) else value
-
-
-def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """The figures at the head of the page: pool, metric, share."""
-    wanted = (("union", "hit@5"), ("union", "modality@1"), ("local", "hit@5"))
-    values = [(pool, key, _average(metrics, pool, key)) for pool, key in wanted]
-    return [(pool, key, value) for pool, key, value in values if value is not None]
-
-
-def _direction(task: str) -> str:
-    """The modalities of a task, such as ``text → image``; empty for names that are not M-BEIR's."""
-    try:
-        query, wanted = TASK_MODALITIES[Task.parse(task).task_id]
-    except UserInputError:
-        return ""
-    return f"{query} → {wanted}"
-
-
-def _task_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Column groups ``(pool, keys)`` and rows ``(task, direction, cells)``; a cell is (key, share, starts group)."""
-    pools = {pool: metrics[pool] for pool in _POOLS if (metrics.get(pool) or {}).get("tasks")}
-    groups: list[tuple[str, list[str]]] = []
-    for name, pool in pools.items():
-        present = {key for row in pool["tasks"].values() for key in row}
-        groups.append((name, [key for key in METRIC_KEYS if key in present]))
-
-    def cells(rows: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float | None, bool]]:
-        return [(key, rows[pool].get(key), not n) for pool, keys in groups for n, key in enumerate(keys)]
-
-    return {
-        "groups": groups,
-        "rows": [
-            (task, _direction(task), cells({name: pool["tasks"].get(task, {}) for name, pool in pools.items()}))
-            for task in task_names(pools)
-        ],
-        "average": cells({name: pool.get("average") or {} for name, pool in pools.items()}),
     }
 
 
@@ -232,7 +198,7 @@ def _stage_rows(stages: Sequence[Stage]) -> list[tuple[str, str, list[tuple[floa
         for wanted in _MODALITIES
     ]
     rows.append(("all queries", "modality@1", [_right_share(stage, _MODALITIES) for stage in stages]))
-    rows.append(("task average", "union hit@5", [_average(stage.metrics, "union", "hit@5") for stage in stages]))
+    rows.append(("task average", "union hit@5", [average(stage.metrics, "union", "hit@5") for stage in stages]))
     view = []
     for label, key, values in rows:
         pairs = zip([None, *values], values, strict=False)
@@ -248,6 +214,6 @@ def _gallery_groups(gallery: Sequence[GalleryQuery]) -> list[tuple[str, str, int
     for query in gallery:
         groups.setdefault(query.task, []).append(query)
     return [
-        (task, _direction(task), sum(query.found_at is not None for query in groups[task]), groups[task])
+        (task, direction(task), sum(query.found_at is not None for query in groups[task]), groups[task])
         for task in sorted(groups, key=task_order)
     ]

@@ -1,22 +1,78 @@
-"""Writes what an evaluation found: metrics, TREC runs and the gallery of a report."""
+"""Writes what an evaluation found: metrics, figures of every query, TREC runs and the gallery of a report."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from lightning_mmembed.files import write_atomically
 from lightning_mmembed.items import Modality, decode_id
+from lightning_mmembed.retrieval.compare import ComparedRun
+from lightning_mmembed.retrieval.per_query import (
+    METRICS_FILE,
+    QUERIES_FILE,
+    compare_runs,
+    read_measured,
+    write_queries,
+)
 from lightning_mmembed.retrieval.pool import Pool
 from lightning_mmembed.retrieval.report import GalleryQuery, GalleryResult
-from lightning_mmembed.retrieval.results import RetrievalResult, TaskResult
+from lightning_mmembed.retrieval.results import RetrievalResult, TaskResult, average_prompts
+from lightning_mmembed.retrieval.summary import summarise
+from lightning_mmembed.retrieval.table import comparison_table, metrics_table
 
 
-def write_metrics(path: str | Path, result: RetrievalResult) -> Path:
-    """Write ``metrics.json``."""
-    return write_atomically(path, json.dumps(result.metrics, indent=1))
+@dataclass(frozen=True)
+class Record:
+    """What stands in the files of an evaluation.
+
+    Args:
+        metrics: The content of ``metrics.json``.
+        comparison: For each pool the run itself, then the runs that it is compared with.
+    """
+
+    metrics: dict[str, Any]
+    comparison: list[ComparedRun]
+
+
+def record(
+    directory: str | Path,
+    results: Sequence[RetrievalResult],
+    facts: Mapping[str, Any],
+    compare: Sequence[str | Path] = (),
+) -> Record:
+    """Write ``metrics.json``, ``queries.parquet`` and the TREC runs, and print the table.
+
+    Args:
+        directory: Where to write; the runs lie below ``runs``, of several prompts in a folder for each, from
+            ``prompt_0`` on.
+        results: The outcome with each prompt.
+        facts: The protocol; ``split``, ``instruction`` and ``system`` are printed, too.
+        compare: Run directories of other evaluations to compare with.
+
+    Raises:
+        UserInputError: If a run cannot be compared; see :func:`~lightning_mmembed.retrieval.per_query.compare_runs`.
+    """
+    directory, system = Path(directory), str(facts["system"])
+    metrics = summarise(results, facts)
+    write_queries(directory / QUERIES_FILE, average_prompts(results))
+    write_atomically(directory / METRICS_FILE, json.dumps(metrics, indent=1))
+    for number, result in enumerate(results):
+        write_runs(directory / "runs" / (f"prompt_{number}" if len(results) > 1 else ""), result, system)
+    title = f"{system}: {facts['split']}, {facts['instruction']}, union pool of {len(results[0].pool):,}"
+    Console().print(metrics_table(metrics, title=title))
+    comparison = compare_runs(read_measured(directory), [read_measured(path) for path in compare])
+    if compare:
+        Console().print(comparison_table(comparison))
+    print(f"metrics: {directory / METRICS_FILE}\nfigures of every query: {directory / QUERIES_FILE}")
+    print(f"TREC runs: {directory / 'runs'}")
+    return Record(metrics, comparison)
 
 
 def write_runs(directory: str | Path, result: RetrievalResult, name: str) -> list[Path]:
@@ -41,9 +97,9 @@ def write_runs(directory: str | Path, result: RetrievalResult, name: str) -> lis
 
 
 def gallery(result: RetrievalResult, queries_per_task: int = 4, results_per_query: int = 5) -> list[GalleryQuery]:
-    """Pick queries spread evenly over each task, with their first results over the union pool."""
+    """Pick queries spread evenly over each task, with their first results over the union pool, where it was ranked."""
     shown = []
-    for outcome in result.tasks.values():
+    for outcome in (outcome for outcome in result.tasks.values() if "union" in outcome.rankings):
         picked = np.linspace(0, len(outcome.queries) - 1, min(queries_per_task, len(outcome.queries))).astype(int)
         shown += [_gallery_query(outcome, result.pool, int(i), results_per_query) for i in picked]
     return shown

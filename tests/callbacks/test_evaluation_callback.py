@@ -59,9 +59,14 @@ def test_the_logged_figures_equal_a_full_sort_in_numpy(
     (logged,) = run(module, MBEIRDataModule(tiny_shards), verbose=False)
     figures = naive_figures(module.encoder, Shards(tiny_shards), split)
     report = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(report) == {"union", "local"}
+    assert set(report) == {"union", "local", "unreachable", "protocol"}
+    assert report["protocol"]["split"] == split
+    assert report["protocol"]["instruction"] == "prompt 0"
+    assert report["protocol"]["queries"] == 24
+    assert report["protocol"]["candidates"] == len(Shards(tiny_shards).pool(split))
     for where, by_task in figures.items():
-        assert set(report[where]) == {"tasks", "average"}
+        averages = {"average", "single_modal", "multi_modal"}
+        assert set(report[where]) == {"tasks", *averages, "headline", "errors"}
         assert sorted(report[where]["tasks"]) == TASKS
         for metric in ("hit@5", "recall@5", "modality@1"):
             for task, values in by_task.items():
@@ -172,10 +177,10 @@ def test_queries_with_another_prompt_are_computed_again_and_the_pool_is_reused(
 ) -> None:
     evaluate(tiny_checkpoint, tiny_shards, tmp_path)
     written = parts(tmp_path)
-    figures = evaluate(tiny_checkpoint, tiny_shards, tmp_path, instruction_index=1)
+    figures = evaluate(tiny_checkpoint, tiny_shards, tmp_path, instruction=1)
     assert {path: time for path, time in parts(tmp_path).items() if path in written} == written
     assert len(parts(tmp_path)) == 5 + 4
-    assert figures == evaluate(tiny_checkpoint, tiny_shards, tmp_path / "fresh", instruction_index=1)
+    assert figures == evaluate(tiny_checkpoint, tiny_shards, tmp_path / "fresh", instruction=1)
 
 
 def test_a_changed_pool_is_computed_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -217,7 +222,8 @@ def test_a_run_killed_between_parts_goes_on_with_the_next_one(
 
     def run(directory: str, entries: Entries) -> torch.Tensor:
         store = VectorStore(tmp_path / directory, batch_size=4, dtype="float32", show_progress=False)
-        return store.embed(encoder, entries, pool.fingerprint, made_by, "")
+        vectors = store.embed(encoder, entries, pool.fingerprint, made_by, "")
+        return vectors.read(0, len(vectors))
 
     with pytest.raises(KeyboardInterrupt):
         run("killed", Entries(pool.items, fatal=25))
@@ -247,4 +253,4 @@ def test_two_processes_share_the_parts_and_read_all_of_them(
     vectors = stores[0].embed(encoder, entries[0], pool.fingerprint, made_by, "")
     assert entries[0].read == [*range(10), *range(20, 30), *range(40, 48)]
     assert entries[1].read == [*range(10, 20), *range(30, 40)]
-    torch.testing.assert_close(vectors, encoder.encode([c.item for c in pool.items]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors.read(0, 48), encoder.encode([c.item for c in pool.items]), atol=1e-5, rtol=0)

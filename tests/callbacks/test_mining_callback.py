@@ -214,7 +214,7 @@ def test_negatives_that_were_mined_in_another_dataset_are_refused(
     miner = mining(before_fit=True)
     trainer = tiny_trainer(tmp_path / "first", max_steps=1, callbacks=[miner], limit_val_batches=0)
     trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
-    other = shard_dataset(write_pets(tmp_path / "source"), tmp_path / "shards")
+    other = shard_dataset(write_pets(tmp_path / "source", "zoo"), tmp_path / "shards")
     datamodule = MBEIRDataModule(other, batch_size=8, negatives=miner.versions[0]["path"])
     with pytest.raises(UserInputError, match=r"negatives-1.parquet' were mined in another dataset.*mine again"):
         tiny_trainer(tmp_path / "second", max_steps=1).fit(tiny_module(tiny_checkpoint), datamodule)

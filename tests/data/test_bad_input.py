@@ -56,9 +56,9 @@ TRAIN_QUERIES = {
     "missing task": (without("task_id"), "key 'task_id' is missing"),
     "no positive in the pool": (
         set_keys(pos_cand_list=["77:1050"]),
-        r"no positive of \['77:1050'\] is in the training",
+        r"no positive of 77:1050 is in the training",
     ),
-    "no positive at all": (set_keys(pos_cand_list=[]), r"no positive of \[\] is in the training pool"),
+    "no positive at all": (set_keys(pos_cand_list=[]), "no positive of none is in the training pool"),
     "absent picture": (set_keys(query_modality="image", query_img_path="no.png"), "picture no.png is missing"),
 }
 
@@ -121,7 +121,7 @@ def test_more_bad_records_than_the_limit_are_an_error_naming_the_first(tmp_path:
     with pytest.raises(UserInputError) as caught:
         shard_dataset(source, tmp_path / "shards", max_bad_fraction=0.05)
     message = str(caught.value)
-    assert "20 of 232 records" in message
+    assert "20 of 188 records" in message
     assert [f"jsonl:{49 + n}:" in message for n in range(6)] == [True] * 5 + [False]
 
 
@@ -169,7 +169,7 @@ def test_an_empty_instruction_file_is_named(tmp_path: Path, content: str) -> Non
     path = tmp_path / "query_instructions.tsv"
     path.write_text(content)
     with pytest.raises(UserInputError, match=r"query_instructions\.tsv holds no instruction; add a header line"):
-        read_instructions(path)
+        read_instructions(path.open("rb"))
 
 
 @pytest.mark.parametrize("line", ["text\timage\tpets", "text\timage\tpets\t77\t\t ", "text\timage\tpets\tx\tFind it."])
@@ -179,7 +179,7 @@ def test_a_malformed_instruction_line_is_named(tmp_path: Path, line: str) -> Non
     with pytest.raises(
         UserInputError, match=r"query_instructions.tsv:2: \d columns and \d prompts; write query_modality"
     ):
-        read_instructions(path)
+        read_instructions(path.open("rb"))
 
 
 def test_a_query_without_a_line_in_the_instruction_file_is_named(tmp_path: Path) -> None:

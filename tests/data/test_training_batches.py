@@ -13,10 +13,11 @@ from worlds import PROMPTS
 
 from lightning_mmembed import Candidate, MLLMEncoder, Query
 from lightning_mmembed.data import Shards
-from lightning_mmembed.data.batches import TrainingBatch, TrainingBatches
+from lightning_mmembed.data.batches import EpochPlan, TrainingBatch, TrainingBatches
 from lightning_mmembed.data.instructions import Instructions
 from lightning_mmembed.data.layout import format_text
 from lightning_mmembed.data.negatives import KINDS, MinedNegatives, draw_negatives, write_negatives
+from lightning_mmembed.data.sampling import task_targets
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Modality, Task, encode_id
 from lightning_mmembed.losses import contrastive_loss, labelled_positive_mask
@@ -170,6 +171,29 @@ def test_the_mask_covers_every_labelled_positive_also_of_queries_drawn_twice(tin
                 assert bool(mask[row, column]) == (candidate.did in query.positives and not is_target)
         masked += int(mask.sum())
     assert masked > 100
+
+
+def test_the_copies_of_an_up_sampled_query_are_not_each_others_negatives(tiny_shards: Path) -> None:
+    batches = batches_of(tiny_shards, negatives_per_query=1)
+    tasks = batches.shards.task_names(batches.rows)
+    plan = EpochPlan(tasks, 72, resampled=task_targets(tasks, {"pets": 3}))  # so large that copies meet
+    generator = torch.Generator().manual_seed(0)
+    for key in plan:
+        batch = batches[key]
+        copies = Counter(batch.query_ids.tolist())
+        assert max(copies.values()) > 1
+        queries, candidates = (torch.randn(n, 4, generator=generator) for n in (72, 144))
+        mask = labelled_positive_mask(batch.positives, batch.candidate_ids, batch.positive_index)
+        terms = []
+        for row, (query, labelled) in enumerate(zip(queries, batch.positives.tolist(), strict=True)):
+            others = [c for c in range(144) if c != row and int(batch.candidate_ids[c]) not in labelled]
+            twins = set(torch.nonzero(batch.query_ids == batch.query_ids[row]).flatten().tolist()) - {row}
+            assert len(twins) == copies[int(batch.query_ids[row])] - 1
+            assert not twins.intersection(others)
+            scores = np.exp((candidates[[row, *others]] @ query).numpy().astype(float) / 0.05)
+            terms.append(-np.log(scores[0] / scores.sum()))
+        found = contrastive_loss(queries, candidates, batch.positive_index, mask).item()
+        np.testing.assert_allclose(found, np.mean(terms), rtol=1e-5)
 
 
 def test_a_masked_positive_has_no_gradient_in_the_loss(tiny_shards: Path) -> None:

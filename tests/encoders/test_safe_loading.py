@@ -16,6 +16,7 @@ from lightning_mmembed import Candidate, Item, MLLMEncoder
 from lightning_mmembed.checkpoints import load_encoder_weights
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.retrieval.embed import PART_SIZE, VectorStore, encoder_fingerprint
+from lightning_mmembed.retrieval.vectors import Vectors
 
 
 class Malicious:
@@ -157,14 +158,17 @@ def test_code_that_comes_with_a_checkpoint_is_neither_run_nor_asked_about(
     assert not trace.exists()
 
 
-def test_stored_vectors_that_hold_a_pickle_are_refused_and_not_executed(encoder: MLLMEncoder, tmp_path: Path) -> None:
+def test_stored_vectors_that_hold_a_pickle_are_computed_again_and_not_executed(
+    encoder: MLLMEncoder, tmp_path: Path
+) -> None:
     store = VectorStore(tmp_path / "vectors", dtype="float32", show_progress=False)
     made_by = encoder_fingerprint(encoder)
     entries = [Candidate(Item("a pet"), "77:1")]
-    store.embed(encoder, entries, "content", made_by, "")
+    vectors = store.embed(encoder, entries, "content", made_by, "").read(0, 1)
     (part,) = (tmp_path / "vectors").glob("*/part-00000.npy")
     np.save(part, np.array([Malicious(tmp_path / "trace")], dtype=object), allow_pickle=True)
     assert len(entries) < PART_SIZE
-    with pytest.raises(ValueError, match="allow_pickle"):
-        store.embed(encoder, entries, "content", made_by, "")
+    with pytest.raises(UserInputError, match=r"part-00000.npy holds no vectors"):
+        Vectors([part], 32)
+    assert torch.equal(store.embed(encoder, entries, "content", made_by, "").read(0, 1), vectors)
     assert not (tmp_path / "trace").exists()

@@ -12,7 +12,7 @@ from lightning_mmembed.data.layout import BadRecord, MBEIRLayout
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.items import MBEIR_TASKS, Modality, Task, encode_id
-from lightning_mmembed.retrieval.evaluate import evaluate_task
+from lightning_mmembed.retrieval.evaluate import evaluate_vectors
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
 from lightning_mmembed.retrieval.results import RetrievalResult
 
@@ -54,13 +54,13 @@ def embedded_pool(modalities: dict[str, Modality]) -> tuple[Pool, Tensor]:
 def result(layout: MBEIRLayout, embedded_pool: tuple[Pool, Tensor]) -> RetrievalResult:
     pool, vectors = embedded_pool
     judged = layout.qrels("test")
-    tasks = {}
+    query_sets, query_vectors = [], []
     for name in MBEIR_TASKS:
-        qids, query_vectors = query_vectors_of(name)
+        qids, of_task = query_vectors_of(name)
         positives = [[encode_id(did) for did in judged[name][qid]] for qid in qids]
-        queries = QuerySet(Task.parse(name), codes(qids), positives, [], "golden")
-        tasks[name] = evaluate_task(queries, query_vectors, pool, vectors, list(NAMES))
-    return RetrievalResult(pool, tasks)
+        query_sets.append(QuerySet(Task.parse(name), codes(qids), positives, [], "golden"))
+        query_vectors.append(of_task)
+    return evaluate_vectors(pool, vectors, query_sets, query_vectors, list(NAMES))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,9 @@ from torch import Tensor
 from lightning_mmembed.items import MBEIR_TASKS, encode_id
 from lightning_mmembed.retrieval.results import RetrievalResult
 
+#: The whole fixture beside the project, with what the reference itself wrote; it may be absent.
+SHARED = Path(__file__).parents[3] / "shared" / "golden" / "mbeir_tiny" / "golden" / "expected"
+
 TREE = Path(__file__).parent / "mbeir_tiny"
 GOLDEN = TREE / "golden"
 EXPECTED = json.loads((GOLDEN / "expected" / "expected.json").read_text())
@@ -30,6 +33,8 @@ NAMES = {
     "mrr@10": "mrr@10",
     "ndcg@10": "ndcg@10",
     "modality@1": "modality_accuracy@1",
+    **{f"recall_reachable@{k}": f"recall_reachable@{k}" for k in DEPTHS},
+    "ndcg_reachable@10": "ndcg_reachable@10",
 }
 ORACLES = {
     **{f"hit@{k}": Success @ k for k in DEPTHS},

@@ -33,9 +33,8 @@ from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.processor import decode_image
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import MBEIR_TASKS, Modality, Task, decode_id, encode_id
-from lightning_mmembed.retrieval.evaluate import evaluate_task
+from lightning_mmembed.retrieval.evaluate import evaluate_vectors
 from lightning_mmembed.retrieval.pool import Pool
-from lightning_mmembed.retrieval.results import RetrievalResult
 
 # --- texts
 
@@ -86,7 +85,7 @@ def test_exactly_the_records_that_cannot_be_used_are_left_out_and_named(shards: 
 
 
 def test_by_default_a_tree_with_that_many_bad_records_is_refused_and_one_of_them_named(tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match=r"of \d+ records .* cannot be used .*: 1:91: picture .*90000101_0\.jpg"):
+    with pytest.raises(UserInputError, match=r"of \d+ records .* cannot be used .*; 1:91: picture .*90000101_0\.jpg"):
         shard_dataset(TREE, tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
 
@@ -144,21 +143,27 @@ def test_a_qid_of_two_splits_is_two_queries(shards: Shards) -> None:
 def test_webdataset_reads_every_shard_and_gives_the_same_bytes_as_random_access(shards: Shards) -> None:
     wds = pytest.importorskip("webdataset")
     splits = {"candidates": "", "queries-train": "train", "queries-val": "val", "queries-test": "test"}
+    pictures: dict[str, bytes] = {}
     for shard in shards.manifest["shards"]:
-        path = shards.directory / shard["file"]
+        path = Path(shards.directory) / shard["file"]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+        samples = list(wds.WebDataset([str(path)], shardshuffle=False))
+        if shard["file"].startswith("images"):
+            for sample in samples:
+                ((suffix, data),) = ((k, v) for k, v in sample.items() if not k.startswith("__"))
+                pictures[f"{sample['__key__']}.{suffix}"] = data
+            continue
         split = splits[shard["file"].rpartition("-")[0]]
         rows = shards.query_rows(split) if split else shards.candidate_rows
-        samples = list(wds.WebDataset([str(path)], shardshuffle=False))
         assert len(samples) == len(rows)
         for sample, row in zip(samples, rows, strict=True):
             record = json.loads(sample["json"])
             entry = shards.query_at(int(row)) if split else shards.candidate_at(int(row))
             name = record["qid"] if split else record["did"]
-            assert encode_id(name) == int(sample["__key__"])
+            assert name.replace(":", "-") == sample["__key__"]
             assert (entry.qid if split else entry.did) == name  # type: ignore[union-attr]
-            pictures = [v for k, v in sample.items() if k != "json" and not k.startswith("__")]
-            assert pictures == ([] if entry.item.image is None else [entry.item.image])
+            image = record["query_img_path" if split else "img_path"]
+            assert entry.item.image == (None if image is None else pictures[image])
             assert (record["query_txt" if split else "txt"] or None) == entry.item.text
 
 
@@ -218,12 +223,11 @@ def test_a_mended_tree_gives_the_expected_metrics_through_its_shards(
     pool = shards.pool("test")
     assert torch.equal(pool.ids, golden.ids)
     assert torch.equal(pool.modalities, golden.modalities)
-    tasks = {}
-    for queries in shards.query_sets("test"):
-        qids, query_vectors = query_vectors_of(queries.task.name)
-        order = [qids.index(decode_id(code)) for code in queries.ids.tolist()]
-        tasks[queries.task.name] = evaluate_task(queries, query_vectors[order], pool, vectors, list(NAMES))
-    assert tuple(tasks) == MBEIR_TASKS
-    result = RetrievalResult(pool, tasks)
+    query_sets, query_vectors = shards.query_sets("test"), []
+    for queries in query_sets:
+        qids, of_task = query_vectors_of(queries.task.name)
+        query_vectors.append(of_task[[qids.index(decode_id(code)) for code in queries.ids.tolist()]])
+    result = evaluate_vectors(pool, vectors, query_sets, query_vectors, list(NAMES))
+    assert tuple(result.tasks) == MBEIR_TASKS
     for name in POOLS:
         assert our_values(result, name) == pytest.approx(expected_values(name), abs=1e-9)

@@ -1,0 +1,116 @@
+"""Where the pictures of a source are read: its folder, or the split archive as one stream."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from lightning_mmembed.data.layout import MBEIRLayout
+from lightning_mmembed.errors import UserInputError
+
+#: A picture's path in the source, and its bytes; None where it is missing.
+Picture = tuple[str, bytes | None]
+
+
+def archive_parts(layout: MBEIRLayout, archive: str | None) -> list[Path]:
+    """The parts of the picture archive in order; none if pictures are read from the folder.
+
+    Args:
+        layout: The source.
+        archive: The archive, or a pattern of its parts; by default ``mbeir_images.tar.gz*`` in the source where the
+            folder ``mbeir_images`` is absent.
+
+    Raises:
+        UserInputError: If there is no such file, or a part is missing.
+    """
+    if archive is None:
+        extracted = (layout.source / "mbeir_images").is_dir()
+        parts = [] if extracted else sorted(layout.source.glob("mbeir_images.tar.gz*"))
+    else:
+        parts = sorted(Path(name) for name in glob.glob(archive))
+        if not parts:
+            raise UserInputError(f"archive={archive!r} matches no file; give the archive or a pattern of its parts")
+    numbers = [int(match[1]) for part in parts if (match := re.search(r"\.part-(\d+)$", part.name))]
+    missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
+    if missing:
+        names = ", ".join(f"part-{number:02d}" for number in missing)
+        raise UserInputError(f"{parts[0].parent}: {names} of the archive is missing; fetch it, then run this again")
+    return parts
+
+
+def stream_archive(parts: list[Path]) -> Iterator[tuple[str, bytes]]:
+    """Read the files of an archive that is cut into parts, as one stream, without extracting it.
+
+    Raises:
+        UserInputError: If a part is cut short or damaged.
+    """
+    count = 0
+    stream = io.BufferedReader(_Concatenated(parts), 1 << 20)
+    packed = stream.peek(2)[:2] == b"\x1f\x8b"
+    source = gzip.GzipFile(fileobj=stream) if packed else stream
+    try:
+        with tarfile.open(fileobj=source, mode="r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file is not None:
+                    data = file.read()
+                    if len(data) != member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    yield member.name.removeprefix("./"), data
+                    count += 1
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember every member
+        while source.read(1 << 20):  # the end, where gzip keeps its checksum
+            pass
+    except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile) as error:
+        sizes = ", ".join(f"{part.name} ({part.stat().st_size:,} bytes)" for part in parts)
+        raise UserInputError(
+            f"the archive ends or breaks after {count:,} files ({error}): a part is missing or cut short. Here are "
+            f"{sizes}. Fetch what is missing and run this again"
+        ) from error
+
+
+class _Concatenated(io.RawIOBase):
+    """Files read one after the other."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = list(paths)
+        self._file: io.BufferedReader | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while True:
+            if self._file is None:
+                if not self._paths:
+                    return 0
+                self._file = open(self._paths.pop(0), "rb")  # noqa: SIM115 - closed at its end
+            count = self._file.readinto(buffer)
+            if count:
+                return count
+            self._file.close()
+            self._file = None
+
+
+def picture_problem(data: bytes | None) -> str | None:
+    """Why a picture cannot be used, or None."""
+    if data is None:
+        return "is missing"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            # Every byte is read, so a cut picture is found, but most of a JPEG's arithmetic is left out.
+            image.draft(image.mode, (1, 1))
+            image.load()
+    except UnidentifiedImageError:  # its message names an object in memory
+        return "cannot be decoded (no known picture format)"
+    except Exception as error:  # PIL raises many kinds of errors on broken files
+        return f"cannot be decoded ({error})"
+    return None

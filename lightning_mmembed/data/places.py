@@ -1,0 +1,86 @@
+"""Where shards lie: a folder, or any URL that fsspec reads."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from lightning_mmembed.errors import UserInputError
+
+
+class Place:
+    """Reads files whole, or bytes at an offset.
+
+    Args:
+        location: A folder, or a URL.
+
+    Raises:
+        UserInputError: If fsspec has no reader for the URL, or the library that reads it is missing.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = location
+        self._is_url = isinstance(location, str) and ("://" in location or "::" in location)
+        self._files: dict[str, int] = {}
+        self._filesystem: tuple[int, Any, str] | None = None
+        if self._is_url:
+            self._remote()
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file, or None if there is none."""
+        try:
+            with self.open(name) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file to read."""
+        if not self._is_url:
+            return open(Path(self.location) / name, "rb")
+        filesystem, root = self._remote()
+        return io.BytesIO(filesystem.cat_file(f"{root}/{name}"))
+
+    def read_at(self, name: str, offset: int, size: int) -> bytes:
+        """``size`` bytes of a file from an offset.
+
+        Raises:
+            UserInputError: If the file is missing or ends before that.
+        """
+        try:
+            data = self._at(name, offset, size)
+        except FileNotFoundError:
+            raise UserInputError(f"{self.location}/{name} is missing; make the shards again") from None
+        if len(data) != size:
+            raise UserInputError(
+                f"{self.location}/{name} ends before byte {offset + size}; it is truncated: make the shards again"
+            )
+        return data
+
+    def _at(self, name: str, offset: int, size: int) -> bytes:
+        if self._is_url:
+            filesystem, root = self._remote()
+            data: bytes = filesystem.cat_file(f"{root}/{name}", start=offset, end=offset + size)
+            return data
+        if name not in self._files:
+            self._files[name] = os.open(Path(self.location) / name, os.O_RDONLY)
+        # At an offset: no position to share among threads and forked workers, and no more is read than asked for.
+        return os.pread(self._files[name], size, offset)
+
+    def _remote(self) -> tuple[Any, str]:
+        """The filesystem of a URL, another one in each process: they do not outlive a fork."""
+        if self._filesystem is None or self._filesystem[0] != os.getpid():
+            try:
+                filesystem, root = fsspec.core.url_to_fs(str(self.location))
+            except (ImportError, ValueError) as error:
+                raise UserInputError(f"shards={str(self.location)!r} cannot be read: {error}") from error
+            self._filesystem = (os.getpid(), filesystem, root)
+        return self._filesystem[1:]
