@@ -111,6 +111,39 @@ def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     return metrics, {"datamodule": datamodule, "callbacks": callbacks}
 
 
+def embed(cfg: DictConfig) -> Path:
+    """Embed the pool and the queries of a split to disk, each process its own parts.
+
+    Args:
+        cfg: A configuration composed from ``conf/embed.yaml``.
+
+    Returns:
+        The folder of the vectors, to be given to an evaluation as ``callbacks.evaluation.vectors_dir``.
+    """
+    from lightning_mmembed.checkpoints import load_encoder_weights
+    from lightning_mmembed.retrieval.embed import VectorStore, encoder_fingerprint
+
+    apply_extras(cfg)
+    fabric = hydra.utils.instantiate(cfg.fabric, _convert_="all")
+    fabric.launch()
+    fabric.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    datamodule.prepare_data()
+    module = hydra.utils.instantiate(cfg.model, _convert_="all")
+    if cfg.ckpt_path is not None:
+        load_encoder_weights(module.encoder, cfg.ckpt_path)
+    encoder, made_by = module.encoder.to(fabric.device).eval(), encoder_fingerprint(module.encoder)
+    processes = {"rank": fabric.global_rank, "world_size": fabric.world_size, "barrier": fabric.barrier}
+    store = VectorStore(**OmegaConf.to_container(cfg.vectors, resolve=True), **processes)  # type: ignore[arg-type]
+    pool = datamodule.shards.pool(cfg.split)
+    vectors = store.embed_pool(encoder, pool, made_by)
+    for queries in datamodule.shards.query_sets(cfg.split, cfg.instruction, cfg.instruction_seed):
+        store.embed_queries(encoder, queries, made_by)
+    if fabric.is_global_zero:
+        print(f"{len(vectors):,} candidates, {vectors.dim} dimensions, {vectors.dtype}\nvectors: {store.directory}")
+    return store.directory
+
+
 def build(cfg: DictConfig) -> dict[str, Any]:
     """Build datamodule, module, callbacks, loggers and trainer, and record the configuration in the run directory."""
     from lightning.pytorch import seed_everything
@@ -215,6 +248,12 @@ def _optimized(cfg: DictConfig) -> float | None:
 def evaluate_main(cfg: DictConfig) -> None:
     """``mmembed-evaluate``: see ``conf/evaluate.yaml``."""
     run_command(evaluate, cfg)
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="embed")
+def embed_main(cfg: DictConfig) -> None:
+    """``mmembed-embed``: see ``conf/embed.yaml``."""
+    run_command(embed, cfg)
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="shard")

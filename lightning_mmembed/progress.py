@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,11 +25,12 @@ class _Rate(ProgressColumn):
 
 
 def progress_bar(show: bool = True) -> Progress:
-    """A bar with count, rate and ETA, that goes away when it is done.
+    """A bar with count, rate and ETA on a terminal's standard error, that goes away when it is done.
 
     Args:
         show: Whether to show it at all.
     """
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,6 +38,7 @@ def progress_bar(show: bool = True) -> Progress:
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=console,
         transient=True,
-        disable=not show,
+        disable=not (show and console.is_terminal),  # in a log it would leave blank lines
     )

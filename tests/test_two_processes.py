@@ -32,12 +32,33 @@ def run(command: str, directory: Path, *overrides: str) -> None:
     assert process.returncode == 0, process.stderr[-3000:]
 
 
-def test_two_processes_mine_every_query_and_report_what_one_process_reports(tiny_shards: Path, tmp_path: Path) -> None:
-    pets = [
-        *("data=mbeir", "dataset=pets", "data.source=null", f"data.shards={tiny_shards}"),
+def overrides(shards: Path, root: Path) -> list[str]:
+    return [
+        *("data=mbeir", "dataset=pets", "data.source=null", f"data.shards={shards}"),
         *(f"model.encoder.architecture.{name}={value}" for name, value in ARCHITECTURE.items()),
-        *(f"paths.root_dir={tmp_path}", "data.batch_size=4"),
+        *(f"paths.root_dir={root}", "data.batch_size=4"),
     ]
+
+
+def test_two_processes_write_the_vectors_that_one_writes_and_an_evaluation_takes_them(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    pets, files = overrides(tiny_shards, tmp_path), {}
+    for devices in (1, 2):
+        where = tmp_path / f"vectors{devices}"
+        processes = ("fabric.accelerator=cpu", f"fabric.devices={devices}")
+        run("mmembed-embed", tmp_path / "embed", *pets, f"vectors.directory={where}", *processes)
+        files[devices] = {str(path.relative_to(where)): path.read_bytes() for path in where.rglob("*.*")}
+    assert files[1] == files[2]
+    assert sum(name.endswith(".npy") for name in files[1]) == 5, "the pool and the queries of four tasks"
+    taken = tmp_path / "vectors1"
+    before = {path: path.stat().st_mtime_ns for path in taken.rglob("*")}
+    run("mmembed-evaluate", tmp_path / "run", *pets, f"callbacks.evaluation.vectors_dir={taken}")
+    assert {path: path.stat().st_mtime_ns for path in taken.rglob("*")} == before
+
+
+def test_two_processes_mine_every_query_and_report_what_one_process_reports(tiny_shards: Path, tmp_path: Path) -> None:
+    pets = overrides(tiny_shards, tmp_path)
     mining = [f"callbacks.mining.{key}" for key in ("after_epochs=[1]", "k=12", "k_prime=6")]
     two, one = tmp_path / "two", tmp_path / "one"
     run("mmembed-train", two, *pets, "trainer=ddp_sim", "trainer.max_epochs=2", *mining)

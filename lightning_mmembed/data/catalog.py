@@ -117,8 +117,7 @@ class Catalog:
             self.db.execute(
                 "INSERT OR IGNORE INTO bad (record, reason) SELECT 'train ' || name(q.id), 'no positive of ' || "
                 "coalesce((SELECT group_concat(name(e.value)) FROM json_each(q.positives) e), 'none') || "
-                "' is in the training pool' "
-                + lost
+                "' is in the training pool' " + lost
             )
             self.db.execute(f"DELETE FROM queries WHERE number IN (SELECT number {lost})")
         else:  # it counts, as a query that no retriever can answer
@@ -137,8 +136,8 @@ class Catalog:
             rows = self.db.execute("SELECT record, reason FROM bad ORDER BY number LIMIT 5")
             first = "; ".join(f"{record}: {reason}" for record, reason in rows)
             raise UserInputError(
-                f"{bad} of {total} records of {self.layout.source} cannot be used ({share:.2%}, max_bad_fraction={limit:.2%}): "
-                f"{first}. Mend them, or raise max_bad_fraction to leave them out"
+                f"{bad} of {total} records of {self.layout.source} cannot be used ({share:.2%}, "
+                f"max_bad_fraction={limit:.2%}): {first}. Mend them, or raise max_bad_fraction to leave them out"
             )
 
     def is_done(self, step: str) -> bool:
