@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import sys
 import warnings
@@ -256,10 +257,23 @@ def embed_main(cfg: DictConfig) -> None:
     run_command(embed, cfg)
 
 
+def shard_main() -> None:
+    """``mmembed-shard``: see ``conf/shard.yaml``; ``mmembed-shard verify``: see ``conf/verify.yaml``."""
+    if sys.argv[1:2] == ["verify"]:
+        del sys.argv[1]  # Hydra takes every word for an override
+        _verify_main()
+    else:
+        _convert_main()
+
+
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="shard")
-def shard_main(cfg: DictConfig) -> None:
-    """``mmembed-shard``: see ``conf/shard.yaml``."""
+def _convert_main(cfg: DictConfig) -> None:
     run_command(shard, cfg)
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="verify")
+def _verify_main(cfg: DictConfig) -> None:
+    run_command(verify, cfg)
 
 
 def shard(cfg: DictConfig) -> Path:
@@ -270,9 +284,51 @@ def shard(cfg: DictConfig) -> Path:
 
     Returns:
         The folder of the shards.
+
+    Raises:
+        UserInputError: If the source cannot be used, or has not the published counts that it is to have.
     """
+    from lightning_mmembed.data.layout import MBEIRLayout
+    from lightning_mmembed.data.published_counts import check_source_counts, count_source_lines
     from lightning_mmembed.data.shard import shard_dataset
 
-    out = shard_dataset(cfg.source, cfg.out, max_bad_fraction=cfg.max_bad_fraction)
-    print(f"shards: {out}")
-    return out
+    source, out = cfg.source, cfg.out  # both are read first: one that is not given is told before any work
+    if cfg.published_counts:
+        check_source_counts(count_source_lines(MBEIRLayout(source)))
+    num_workers = (os.cpu_count() or 1) if cfg.num_workers is None else cfg.num_workers
+    directory = shard_dataset(
+        source,
+        out,
+        archive=cfg.archive,
+        max_bad_fraction=cfg.max_bad_fraction,
+        samples_per_shard=cfg.samples_per_shard,
+        num_workers=num_workers,
+    )
+    print(f"shards: {directory}")
+    return directory
+
+
+def verify(cfg: DictConfig) -> None:
+    """Check shards, and print what was counted.
+
+    Args:
+        cfg: A configuration composed from ``conf/verify.yaml``.
+
+    Raises:
+        UserInputError: If the shards are not sound; it names every finding.
+    """
+    from rich.console import Console
+
+    from lightning_mmembed.data.verify import counts_table, verify_shards
+
+    if cfg.published not in (True, False, None):
+        raise UserInputError(f"published={cfg.published!r} is unknown; write true, false or null")
+    verification = verify_shards(cfg.out, cfg.published)
+    Console().print(counts_table(verification.counts))
+    if verification.findings:
+        raise UserInputError(
+            f"the shards in {cfg.out} are not sound:\n  "
+            + "\n  ".join(str(finding) for finding in verification.findings)
+            + f"\nRemove {cfg.out}, then make them again with mmembed-shard source={verification.source} out={cfg.out}"
+        )
+    print(f"the shards in {cfg.out} are sound")

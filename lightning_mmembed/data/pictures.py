@@ -53,28 +53,34 @@ def stream_archive(parts: list[Path]) -> Iterator[tuple[str, bytes]]:
         UserInputError: If a part is cut short or damaged.
     """
     count = 0
-    stream = io.BufferedReader(_Concatenated(parts), 1 << 20)
-    packed = stream.peek(2)[:2] == b"\x1f\x8b"
-    source = gzip.GzipFile(fileobj=stream) if packed else stream
-    try:
-        with tarfile.open(fileobj=source, mode="r|") as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is not None:
-                    data = file.read()
-                    if len(data) != member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    yield member.name.removeprefix("./"), data
-                    count += 1
-                tar.members.clear()  # type: ignore[attr-defined]  # it would remember every member
-        while source.read(1 << 20):  # the end, where gzip keeps its checksum
-            pass
-    except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile) as error:
-        sizes = ", ".join(f"{part.name} ({part.stat().st_size:,} bytes)" for part in parts)
-        raise UserInputError(
-            f"the archive ends or breaks after {count:,} files ({error}): a part is missing or cut short. Here are "
-            f"{sizes}. Fetch what is missing and run this again"
-        ) from error
+    with io.BufferedReader(_Concatenated(parts), 1 << 20) as stream:
+        packed = stream.peek(2)[:2] == b"\x1f\x8b"
+        source = gzip.GzipFile(fileobj=stream) if packed else stream
+        try:
+            for picture in _members(source):
+                yield picture
+                count += 1
+            while source.read(1 << 20):  # the end, where gzip keeps its checksum
+                pass
+        except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile) as error:
+            sizes = ", ".join(f"{part.name} ({part.stat().st_size:,} bytes)" for part in parts)
+            raise UserInputError(
+                f"the archive ends or breaks after {count:,} files ({error}): a part is missing or cut short. Here are "
+                f"{sizes}. Fetch what is missing and run this again"
+            ) from error
+
+
+def _members(source: gzip.GzipFile | io.BufferedReader[_Concatenated]) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each file of a tar stream."""
+    with tarfile.open(fileobj=source, mode="r|") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if file is not None:
+                data = file.read()
+                if len(data) != member.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield member.name.removeprefix("./"), data
+            tar.members.clear()  # type: ignore[attr-defined]  # it would remember every member
 
 
 class _Concatenated(io.RawIOBase):
@@ -87,17 +93,25 @@ class _Concatenated(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while True:
+        """Fill the buffer, over the ends of files: a reader takes a read that comes short for all there is to see."""
+        count = 0
+        while count < len(buffer):
             if self._file is None:
                 if not self._paths:
-                    return 0
+                    break
                 self._file = open(self._paths.pop(0), "rb")  # noqa: SIM115 - closed at its end
-            count = self._file.readinto(buffer)
-            if count:
-                return count
-            self._file.close()
-            self._file = None
+            read = self._file.readinto(buffer[count:])
+            if not read:
+                self._file.close()
+                self._file = None
+            count += read
+        return count
 
 
 def picture_problem(data: bytes | None) -> str | None:

@@ -37,13 +37,23 @@ class Place:
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, or None if there is none."""
         try:
-            with self.open(name) as file:
+            with self._open(name) as file:
                 return file.read()
         except FileNotFoundError:
             return None
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file to read."""
+        """Open a file to read.
+
+        Raises:
+            UserInputError: If the file is missing.
+        """
+        try:
+            return self._open(name)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+
+    def _open(self, name: str) -> IO[bytes]:
         if not self._is_url:
             return open(Path(self.location) / name, "rb")
         filesystem, root = self._remote()
@@ -58,12 +68,15 @@ class Place:
         try:
             data = self._at(name, offset, size)
         except FileNotFoundError:
-            raise UserInputError(f"{self.location}/{name} is missing; make the shards again") from None
+            raise self._missing(name) from None
         if len(data) != size:
             raise UserInputError(
                 f"{self.location}/{name} ends before byte {offset + size}; it is truncated: make the shards again"
             )
         return data
+
+    def _missing(self, name: str) -> UserInputError:
+        return UserInputError(f"{self.location}/{name} is missing; make the shards again")
 
     def _at(self, name: str, offset: int, size: int) -> bytes:
         if self._is_url:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def write_parts(folder: Path, data: bytes, cuts: Sequence[float] = (0.37, 0.71))
     bounds = [0, *(int(cut * len(data)) | 1 for cut in cuts), len(data)]
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
-    for number, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
         parts.append(folder / f"{NAME}.part-{number:02d}")
         parts[-1].write_bytes(data[low:high])
     return parts
@@ -220,9 +221,7 @@ def test_finished_shards_are_not_written_again_when_an_archive_is_read_again(
     assert len(times[0]) > 1
 
 
-def test_an_archive_without_a_picture_that_a_record_names_is_too_bad_and_says_which(
-    bare: Path, tmp_path: Path
-) -> None:
+def test_an_archive_without_a_picture_that_a_record_names_is_too_bad_and_says_which(bare: Path, tmp_path: Path) -> None:
     other = write_pets(tmp_path / "other")
     (other / "mbeir_images" / "pets_images" / "50.jpg").unlink()
     write_parts(bare, packed(other))

@@ -35,13 +35,13 @@ class Candidates(Dataset[Any]):
 
 
 @pytest.fixture
-def memory(tiny_shards: Path) -> Iterator[str]:
-    """A copy of the small dataset's shards in memory."""
+def memory(tiny_shards: Path, tmp_path: Path) -> Iterator[str]:
+    """A copy of the small dataset's shards in memory, at another place in each test: caches outlive a test."""
     filesystem = fsspec.filesystem("memory")
     for path in tiny_shards.iterdir():
-        filesystem.pipe_file(f"/pets/{path.name}", path.read_bytes())
-    yield "memory://pets"
-    filesystem.rm("/pets", recursive=True)
+        filesystem.pipe_file(f"{tmp_path}/{path.name}", path.read_bytes())
+    yield f"memory://{tmp_path}"
+    filesystem.rm(str(tmp_path), recursive=True)
 
 
 def url(kind: str, tiny_shards: Path, memory: str) -> str:
@@ -107,24 +107,24 @@ def test_a_url_without_a_manifest_is_no_dataset(kind: str) -> None:
 
 @pytest.mark.parametrize("kept", [0, 700])
 @pytest.mark.parametrize("cache", ["", "simplecache::"])
-def test_a_truncated_file_at_a_url_is_named(memory: str, kept: int, cache: str) -> None:
+def test_a_truncated_file_at_a_url_is_named(memory: str, tmp_path: Path, kept: int, cache: str) -> None:
     filesystem = fsspec.filesystem("memory")
-    name = "/pets/candidates-00000.tar"
+    name = f"{tmp_path}/candidates-00000.tar"
     filesystem.pipe_file(name, filesystem.cat_file(name)[:kept])
     with pytest.raises(UserInputError, match=r"candidates-00000\.tar ends before byte \d+; it is truncated"):
         Shards(cache + memory).candidate(encode_id("77:4055"))
 
 
 @pytest.mark.parametrize("cache", ["", "simplecache::"])
-def test_a_missing_file_at_a_url_is_named(memory: str, cache: str) -> None:
+def test_a_missing_file_at_a_url_is_named(memory: str, tmp_path: Path, cache: str) -> None:
     shards = Shards(cache + memory)
-    fsspec.filesystem("memory").rm("/pets/candidates-00000.tar")
+    fsspec.filesystem("memory").rm(f"{tmp_path}/candidates-00000.tar")
     with pytest.raises(UserInputError, match=r"candidates-00000\.tar is missing; make the shards again"):
         shards.candidate(encode_id("77:4055"))
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "instructions.tsv"])
-def test_a_missing_index_or_instruction_file_is_named(memory: str, name: str) -> None:
-    fsspec.filesystem("memory").rm(f"/pets/{name}")
+def test_a_missing_index_or_instruction_file_is_named(memory: str, tmp_path: Path, name: str) -> None:
+    fsspec.filesystem("memory").rm(f"{tmp_path}/{name}")
     with pytest.raises(UserInputError, match=f"{name} is missing"):
         Shards(memory).pool("train")

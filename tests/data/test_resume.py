@@ -1,0 +1,195 @@
+"""Contract 8: killed at any moment and started again, or out of space, work ends with the bytes of an undisturbed run.
+
+The work is done in processes that a server forks which has imported everything, so that a start costs no imports.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import tiny_module, tiny_trainer, write_pets
+
+from lightning_mmembed import MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
+from lightning_mmembed.data import Shards, shard, shard_dataset
+from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.retrieval import embed
+from lightning_mmembed.retrieval.embed import VectorStore
+
+#: From the folder in which it works to what a process does there.
+Work = Callable[[Path], None]
+
+KILLS = [pytest.param(4, id="4 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "lightning.pytorch", "lightning_mmembed", "lightning_mmembed.data"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def herd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several copies of the small dataset in one source."""
+    root = tmp_path_factory.mktemp("herd") / "source"
+    rows: list[str] = []
+    for number in range(6):
+        write_pets(root, f"pets{number}", 70 + number)
+        header, *lines = (root / "instructions" / "query_instructions.tsv").read_text().splitlines()
+        rows += [*([] if rows else [header]), *lines]
+    (root / "instructions" / "query_instructions.tsv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def archived(herd: Path) -> Path:
+    """The same, with its pictures in an archive that is cut into parts."""
+    root = Path(shutil.copytree(herd, herd.parent / "archived"))
+    data = Path(shutil.make_archive(str(root / "all"), "gztar", root, "mbeir_images")).read_bytes()
+    (root / "all.tar.gz").unlink()
+    shutil.rmtree(root / "mbeir_images")
+    for number in range(3):
+        part = data[number * len(data) // 3 : (number + 1) * len(data) // 3]
+        (root / f"mbeir_images.tar.gz.part-{number:02d}").write_bytes(part)
+    return root
+
+
+def convert(folder: Path, source: Path, num_workers: int = 0, samples: int = 100) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as in a run: it would start a server of its own
+    shard.PICTURES_PER_SHARD = 10
+    shard_dataset(source, folder / "shards", samples_per_shard=samples, num_workers=num_workers, show_progress=False)
+
+
+def embed_pool(folder: Path, shards: Path, checkpoint: Path) -> None:
+    embed.PART_SIZE = 3
+    encoder = MLLMEncoder.from_pretrained(checkpoint, max_length=48)
+    store = VectorStore(folder / "vectors", batch_size=2, show_progress=False)
+    store.embed_pool(encoder, Shards(shards).pool("train"), "weights")
+
+
+def evaluate(folder: Path, shards: Path, checkpoint: Path, split: str) -> None:
+    embed.PART_SIZE = 5
+    evaluation = RetrievalEvaluation(metrics=("hit@5", "modality@1"), batch_size=2)
+    trainer = tiny_trainer(folder / "run", callbacks=[evaluation])
+    run = trainer.validate if split == "val" else trainer.test
+    run(tiny_module(checkpoint), MBEIRDataModule(shards), verbose=False)
+
+
+def start(server: Any, work: Work, folder: Path) -> BaseProcess:
+    process: BaseProcess = server.Process(target=work, args=(folder,))
+    process.start()
+    return process
+
+
+def finish(server: Any, work: Work, folder: Path) -> float:
+    """Do the work to its end; returns the seconds that it took."""
+    begun = time.monotonic()
+    process = start(server, work, folder)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - begun
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but for locks, which stay."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if not name.endswith(".lock")}
+
+
+def assert_kills_leave_no_trace(server: Any, work: Work, tmp_path: Path, kills: int) -> None:
+    """Kill the work at moments that are spread over a whole run, go on each time, and compare every file."""
+    (tmp_path / "whole").mkdir()
+    finish(server, work, tmp_path / "whole")  # the first one warms caches up
+    shutil.rmtree(tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    duration = finish(server, work, tmp_path / "whole")
+    expected = files(tmp_path / "whole")
+    draw, cut_short, gone_on = random.Random(7), 0, 0
+    for number in range(kills):
+        folder = tmp_path / f"killed-{number}"
+        folder.mkdir()
+        process = start(server, work, folder)
+        process.join((number + draw.random()) / kills * duration)
+        process.kill()
+        process.join()
+        cut_short += process.exitcode == -signal.SIGKILL
+        gone_on += bool(files(folder))
+        finish(server, work, folder)
+        found = files(folder)
+        assert found.keys() == expected.keys(), f"kill {number} at {number / kills:.0%}"
+        assert [name for name in expected if found[name] != expected[name]] == [], f"kill {number}"
+        shutil.rmtree(folder)
+    assert cut_short >= kills // 2
+    assert gone_on >= kills // 4
+
+
+@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize("kind", ["herd", "archived"])
+def test_a_killed_conversion_ends_with_the_bytes_of_one_that_was_not(
+    server: Any, herd: Path, archived: Path, tmp_path: Path, kind: str, kills: int
+) -> None:
+    work = partial(convert, source=herd if kind == "herd" else archived)
+    assert_kills_leave_no_trace(server, work, tmp_path, kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["herd", "archived"])
+def test_a_killed_conversion_with_workers_ends_with_the_bytes_of_one_that_was_not(
+    server: Any, herd: Path, archived: Path, tmp_path: Path, kind: str
+) -> None:
+    work = partial(convert, source=herd if kind == "herd" else archived, num_workers=2)
+    assert_kills_leave_no_trace(server, work, tmp_path, 20)
+
+
+def convert_on_a_full_disk(folder: Path, source: Path, largest: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows past the limit: an error, not the end
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    with pytest.raises(UserInputError, match=r"no space is left for .*shards.* run the same command again"):
+        convert(folder, source, samples=1000)
+
+
+@pytest.mark.parametrize("kind", ["herd", "archived"])
+def test_a_conversion_on_a_full_disk_says_so_and_goes_on_when_there_is_space(
+    server: Any, herd: Path, archived: Path, tmp_path: Path, kind: str
+) -> None:
+    source = herd if kind == "herd" else archived
+    work = partial(convert, source=source, samples=1000)  # the largest file is then one of records
+    for name in ("whole", "full"):
+        (tmp_path / name).mkdir()
+    finish(server, work, tmp_path / "whole")
+    expected = files(tmp_path / "whole")
+    largest = max(len(data) for data in expected.values()) - 1
+    for _ in range(2):  # it stays full
+        finish(server, partial(convert_on_a_full_disk, source=source, largest=largest), tmp_path / "full")
+        assert not (tmp_path / "full" / "shards").exists()
+        assert list((tmp_path / "full" / ".shards.building").glob("images-*.tar"))
+    finish(server, work, tmp_path / "full")
+    assert files(tmp_path / "full") == expected
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_embedding_ends_with_the_bytes_of_one_that_was_not(
+    server: Any, tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, kills: int
+) -> None:
+    work = partial(embed_pool, shards=tiny_shards, checkpoint=tiny_checkpoint)
+    assert_kills_leave_no_trace(server, work, tmp_path, kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_killed_evaluation_ends_with_the_files_of_one_that_was_not(
+    server: Any, tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, split: str
+) -> None:
+    work = partial(evaluate, shards=tiny_shards, checkpoint=tiny_checkpoint, split=split)
+    assert_kills_leave_no_trace(server, work, tmp_path, 10)
