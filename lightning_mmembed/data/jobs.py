@@ -157,8 +157,6 @@ def run_jobs(jobs: ShardJobs, todo: Iterable[PictureJob | RecordJob], num_worker
     Raises:
         UserInputError: The first that a job returned.
     """
-    for leftover in jobs.directory.glob(".*.tmp"):  # of a run that was killed
-        leftover.unlink(missing_ok=True)
     loader: DataLoader[Any] = DataLoader(jobs, batch_size=None, sampler=todo, num_workers=num_workers, collate_fn=_same)
     for outcome in loader:
         if isinstance(outcome, UserInputError):

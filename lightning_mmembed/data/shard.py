@@ -66,13 +66,16 @@ def shard_dataset(
 
     Raises:
         UserInputError: If the source is no such folder or incomplete, ``out`` holds something else, too many records
-            are bad, or the disk is full. What was finished is kept for the next run.
+            are bad, or the disk is full. What was finished is kept for the next run over the same source; a part of
+            the archive that was fetched anew makes it another source.
     """
     layout, out = MBEIRLayout(source), Path(out)
     parts = archive_parts(layout, archive)
     content = source_fingerprint(layout, parts, samples_per_shard)
     made_of = fingerprint(content, max_bad_fraction)
     with locked(out), resumable(out):
+        old = out.with_name(f".{out.name}.old.tmp")  # of a run that was killed as it was done
+        shutil.rmtree(old, ignore_errors=True)
         if _made_of(out) == made_of:
             return out
         if out.exists() and any(out.iterdir()) and _made_of(out) is None:
@@ -82,7 +85,7 @@ def shard_dataset(
             _start(building, content)
             conversion = _Conversion(layout, building, parts, samples_per_shard, num_workers, show_progress)
             conversion.run(made_of, max_bad_fraction)
-        _publish(building, out)
+        _publish(building, out, old)
     return out
 
 
@@ -109,13 +112,13 @@ def _start(building: Path, content: str) -> None:
     if not note.is_file() or note.read_text() != content:
         shutil.rmtree(building, ignore_errors=True)
         write_atomically(note, content)
+    for leftover in (*building.glob(".*.tmp"), *(building / "work").glob(".*.tmp")):  # of a run that was killed
+        leftover.unlink()
 
 
-def _publish(building: Path, out: Path) -> None:
+def _publish(building: Path, out: Path, old: Path) -> None:
     """Put finished shards in the place of what is at ``out``."""
     shutil.rmtree(building / "work", ignore_errors=True)
-    old = out.with_name(f".{out.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
     if out.exists():  # moved away whole: deleting it in place could be cut short and leave a part of it
         out.rename(old)
     building.rename(out)

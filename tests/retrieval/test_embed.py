@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -159,23 +160,23 @@ def test_a_part_that_is_not_what_was_written_is_computed_again_and_the_others_ar
     assert len(vectors) == 48
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def disk_for_small_files_only() -> Iterator[None]:
     """The system refuses to write a file of more than a few hundred bytes, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:  # before anything is reported: the report may go to a longer file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_an_error_that_says_how_to_go_on(
-    encoder: MLLMEncoder, pool: Pool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_full_disk_is_an_error_that_says_how_to_go_on(encoder: MLLMEncoder, pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, encoder, Entries(pool.items, fatal=25))
     kept = content(tmp_path)
-    request.getfixturevalue("disk_for_small_files_only")
-    with pytest.raises(UserInputError, match=rf"no space is left for {tmp_path}.*run the same command again"):
+    full = pytest.raises(UserInputError, match=rf"no space is left for {tmp_path}.*run the same command again")
+    with full, disk_for_small_files_only():
         run(tmp_path, encoder, pool.items)
     assert content(tmp_path) == kept
     assert not list(tmp_path.glob("*/.*")), "what could not be finished takes no space"
