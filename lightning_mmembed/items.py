@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 
 from lightning_mmembed.errors import UserInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Modality(str, enum.Enum):
@@ -122,6 +126,9 @@ def task_order(name: str) -> tuple[int, str]:
 
 _ID_BASE = 10**10
 
+#: One encoded id, or a tensor of them.
+Codes = TypeVar("Codes", int, "Tensor")
+
 
 def encode_id(name: str) -> int:
     """The integer of a ``did`` or ``qid``: ``dataset id * 10**10 + number``, in the canonical order of ties.
@@ -140,6 +147,16 @@ def encode_id(name: str) -> int:
     if not in_range:
         raise UserInputError(f"id={name!r} is malformed; write '<dataset id>:<number>', such as '9:24809'")
     return int(dataset) * _ID_BASE + int(number)
+
+
+def dataset_number(code: Codes) -> Codes:
+    """The dataset id of an encoded id, or of each of a tensor.
+
+    Example:
+        >>> dataset_number(encode_id("9:24809"))
+        9
+    """
+    return code // _ID_BASE
 
 
 def decode_id(code: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,3 +191,22 @@ def ranking(encoder: MLLMEncoder, queries: Iterable[Query], pool: Iterable[Candi
     candidates = sorted(pool, key=lambda candidate: encode_id(candidate.did))
     scores = (encoder.encode(list(queries)) @ encoder.encode([c.item for c in candidates]).T).numpy()
     return [[candidates[i] for i in np.argsort(-row, kind="stable")] for row in scores]
+
+
+class Entries(Sequence["Candidate"]):
+    """Candidates that note which of them were read, and end the run at one of them."""
+
+    def __init__(self, entries: Sequence[Candidate], fatal: int | None = None) -> None:
+        self.entries, self.fatal, self.read = list(entries), fatal, []  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == self.fatal:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return self.entries[index]
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.entries)

@@ -114,11 +114,12 @@ class RetrievalEvaluation(Callback):
         """The outcome with each prompt."""
         shards, encoder = datamodule_of(trainer).shards, encoder_of(pl_module)
         store = vector_store(trainer, self.dirpath, self.vectors_dir, **self._store)
+        made_by = encoder_fingerprint(encoder)
         if self.vectors_dir is None:
-            store.prune(encoder_fingerprint(encoder))
+            store.prune(made_by)
         pool = shards.pool(split)
         results = [
-            evaluate_retrieval(encoder, pool, query_sets, store, self.metrics, self.search)
+            evaluate_retrieval(encoder, pool, query_sets, store, made_by, self.metrics, self.search)
             for query_sets in self._query_sets(shards, split)
         ]
         self.result = average_prompts(results)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.items import Modality, Task, encode_id
+from lightning_mmembed.items import Modality, Task, dataset_number, encode_id
 
 
 class Instructions:
@@ -25,7 +25,7 @@ class Instructions:
         Raises:
             UserInputError: If the file has no line for such queries.
         """
-        key = (encode_id(qid) // encode_id("1:0"), query_modality, task.target_modality)
+        key = (dataset_number(encode_id(qid)), query_modality, task.target_modality)
         if key not in self._prompts:
             raise UserInputError(
                 f"query {qid} of {task.name}: the instruction file has no line with dataset_id={key[0]}, "

@@ -28,6 +28,7 @@ from lightning_mmembed.data.catalog import Catalog
 from lightning_mmembed.data.jobs import INDEX_SCHEMA, PictureJob, RecordJob, ShardJobs, run_jobs
 from lightning_mmembed.data.layout import SPLITS, MBEIRLayout
 from lightning_mmembed.data.pictures import archive_parts, stream_archive
+from lightning_mmembed.data.places import Place
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import file_sha256, fingerprint, locked, replacing, resumable, write_atomically
 from lightning_mmembed.progress import progress_bar
@@ -95,6 +96,26 @@ def source_fingerprint(layout: MBEIRLayout, parts: list[Path], *settings: Any) -
     files = sorted(p for folder in folders for p in (layout.source / folder).rglob("*") if p.is_file())
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in [*files, *parts]]
     return fingerprint(FORMAT_VERSION, str(layout.source.resolve()), stats, settings)
+
+
+def read_manifest(place: Place) -> dict[str, Any]:
+    """Read the manifest of finished shards.
+
+    Raises:
+        UserInputError: If there is none, or one that cannot be read or is of another version.
+    """
+    content, again = place.read(MANIFEST_FILE), f"make the shards with mmembed-shard source=... out={place.location}"
+    if content is None:
+        raise UserInputError(f"{place.location}/{MANIFEST_FILE} is missing; {again}")
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+    except ValueError as error:
+        raise UserInputError(f"{place.location}/{MANIFEST_FILE} is no JSON ({error}); {again}") from error
+    if manifest["version"] != FORMAT_VERSION:
+        raise UserInputError(
+            f"{place.location} holds shards of version {manifest['version']}, not {FORMAT_VERSION}; {again}"
+        )
+    return manifest
 
 
 def _made_of(directory: Path) -> str | None:

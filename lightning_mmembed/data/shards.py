@@ -16,7 +16,7 @@ import torch
 from lightning_mmembed.data.instructions import Instructions
 from lightning_mmembed.data.layout import TRAIN_POOL, read_instructions
 from lightning_mmembed.data.places import Place
-from lightning_mmembed.data.shard import FORMAT_VERSION, INDEX_FILE, INSTRUCTIONS_FILE, MANIFEST_FILE
+from lightning_mmembed.data.shard import INDEX_FILE, INSTRUCTIONS_FILE, read_manifest
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Candidate, Item, Modality, Query, Task, decode_id, task_order
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
@@ -43,16 +43,7 @@ class Shards:
     def __init__(self, directory: str | Path) -> None:
         self.directory = directory if isinstance(directory, Path) else str(directory)
         self._place = Place(self.directory)
-        manifest = self._place.read(MANIFEST_FILE)
-        if manifest is None:
-            raise UserInputError(
-                f"{directory}/{MANIFEST_FILE} is missing; make the shards with mmembed-shard source=... out={directory}"
-            )
-        self.manifest: dict[str, Any] = json.loads(manifest)
-        if self.manifest["version"] != FORMAT_VERSION:
-            raise UserInputError(
-                f"{directory} holds shards of version {self.manifest['version']}, not {FORMAT_VERSION}; make them again"
-            )
+        self.manifest = read_manifest(self._place)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.instructions = Instructions(read_instructions(self._place.open(INSTRUCTIONS_FILE)))
 

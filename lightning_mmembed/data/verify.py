@@ -21,7 +21,7 @@ from rich.table import Table
 from lightning_mmembed.data.layout import read_instructions
 from lightning_mmembed.data.places import Place
 from lightning_mmembed.data.published_counts import published_sizes
-from lightning_mmembed.data.shard import FORMAT_VERSION, INDEX_FILE, INSTRUCTIONS_FILE, MANIFEST_FILE
+from lightning_mmembed.data.shard import INDEX_FILE, INSTRUCTIONS_FILE, MANIFEST_FILE, read_manifest
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.items import decode_id
@@ -82,7 +82,7 @@ def verify_shards(directory: str | Path, published: bool | None = None, show_pro
         UserInputError: If there is no manifest, or one that cannot be read.
     """
     place = Place(directory)
-    manifest = _read_manifest(place)
+    manifest = read_manifest(place)
     findings: list[Finding] = []
     counts: list[Count] = []
     index = place.read(INDEX_FILE)
@@ -111,19 +111,6 @@ def counts_table(counts: list[Count]) -> Table:
         shown = ("" if number is None else f"{number:,}" for number in numbers)
         table.add_row(count.what, *shown, "yes" if count.is_sound else "no")
     return table
-
-
-def _read_manifest(place: Place) -> dict[str, Any]:
-    content, again = place.read(MANIFEST_FILE), "make the shards with mmembed-shard source=... out=..."
-    if content is None:
-        raise UserInputError(f"{place.location}/{MANIFEST_FILE} is missing; {again}")
-    try:
-        manifest: dict[str, Any] = json.loads(content)
-    except ValueError as error:
-        raise UserInputError(f"{place.location}/{MANIFEST_FILE} is no JSON ({error}); {again}") from error
-    if manifest["version"] != FORMAT_VERSION:
-        raise UserInputError(f"{place.location} holds shards of version {manifest['version']}; {again}")
-    return manifest
 
 
 def _columns(index: Any) -> dict[str, np.ndarray]:

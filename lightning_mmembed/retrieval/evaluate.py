@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mmembed.encoders.mllm import MLLMEncoder
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
-from lightning_mmembed.retrieval.embed import VectorStore, encoder_fingerprint
+from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
 from lightning_mmembed.retrieval.results import RetrievalResult, score_task
 from lightning_mmembed.retrieval.search import EXACT, Ranking, Request, SearchSettings, search_pool
@@ -78,14 +78,15 @@ def evaluate_retrieval(
     pool: Pool,
     query_sets: Sequence[QuerySet],
     store: VectorStore,
+    made_by: str,
     metrics: Sequence[str] = DEFAULT_METRICS,
     search: SearchSettings = EXACT,
 ) -> RetrievalResult:
     """Embed a pool and the queries of all tasks, rank and score; see :func:`evaluate_vectors`.
 
-    The search runs where the encoder is, unless ``search`` names a device.
+    The search runs where the encoder is, unless ``search`` names a device. ``made_by`` is the fingerprint of the
+    encoder, which takes reading all its weights.
     """
-    made_by = encoder_fingerprint(encoder)
     pool_vectors = store.embed_pool(encoder, pool, made_by)
     query_vectors = [store.embed_queries(encoder, queries, made_by) for queries in query_sets]
     search = search.on(encoder.image_mean.device)

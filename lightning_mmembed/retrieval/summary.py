@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mmembed.items import encode_id, task_order
+from lightning_mmembed.items import dataset_number, task_order
 from lightning_mmembed.retrieval.results import (
     POOLS,
     Labels,
@@ -27,8 +27,6 @@ DOMAINS: dict[str, tuple[int, ...]] = {"news": (0, 3), "fashion": (1, 7), "wiki"
 
 #: Why a first result is wrong, the first that holds (UniIR's types 1 to 3).
 ERRORS = ("wrong_modality", "wrong_domain", "other")
-
-_ID_BASE = encode_id("1:0")
 
 
 def summarise(results: Sequence[RetrievalResult], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def error_counts(outcome: TaskResult, result: RetrievalResult, pool: str) -> dic
 
 def _domains(ids: Tensor) -> Tensor:
     """A number for the domain of each id: that of its first dataset."""
-    datasets = ids // _ID_BASE
+    datasets = dataset_number(ids)
     domains = datasets.clone()
     for members in DOMAINS.values():
         domains[torch.isin(datasets, torch.tensor(members))] = members[0]
@@ -132,7 +130,7 @@ def unreachable(outcome: TaskResult, result: RetrievalResult) -> dict[str, int]:
         return {}
     labels = Labels(outcome.queries, result.pool)
     outside, anywhere = labels.labelled & ~labels.inside("local"), labels.inside("union")
-    foreign = labels.ids // _ID_BASE != outcome.queries.ids[:, None] // _ID_BASE
+    foreign = dataset_number(labels.ids) != dataset_number(outcome.queries.ids)[:, None]
     return {
         "queries": int(outside.any(1).sum()),
         "positives": int(outside.sum()),

@@ -13,9 +13,7 @@ from rich.text import Text
 
 from lightning_mmembed.items import task_order
 from lightning_mmembed.retrieval.compare import ComparedRun, Difference
-
-#: The pools of a ``metrics.json``; its other keys, such as ``"protocol"``, hold no metrics.
-POOLS = ("union", "local")
+from lightning_mmembed.retrieval.results import POOLS
 
 #: The rows under the tasks: their key in a pool of ``metrics.json``, and what a table calls them.
 SUMMARIES = {"average": "average", "single_modal": "single-modal queries", "multi_modal": "multi-modal queries"}

@@ -11,7 +11,8 @@ from typing import Any
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import TASK_MODALITIES, Task, task_order
 from lightning_mmembed.retrieval.compare import ComparedRun, Difference
-from lightning_mmembed.retrieval.table import POOLS, SUMMARIES, task_names
+from lightning_mmembed.retrieval.results import POOLS
+from lightning_mmembed.retrieval.table import SUMMARIES, task_names
 
 #: Columns of the per-task table, in order; other keys of ``metrics`` are not shares and stay out of it.
 METRIC_KEYS: tuple[str, ...] = (

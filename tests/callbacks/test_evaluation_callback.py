@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from worlds import ranking, read_lines, tiny_module, tiny_trainer, write_lines, write_pets
+from worlds import Entries, ranking, read_lines, tiny_module, tiny_trainer, write_lines, write_pets
 
-from lightning_mmembed import Candidate, MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
+from lightning_mmembed import MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
 from lightning_mmembed.callbacks import RunReport
 from lightning_mmembed.data import Shards, shard_dataset
 from lightning_mmembed.items import encode_id
@@ -192,25 +191,6 @@ def test_a_changed_pool_is_computed_again(tiny_checkpoint: Path, tmp_path: Path)
         write_lines(path, [changed if record["did"] == changed["did"] else record for record in read_lines(path)])
     figures = evaluate(tiny_checkpoint, shard_dataset(source, shards), tmp_path)
     assert figures == evaluate(tiny_checkpoint, shards, tmp_path / "fresh")
-
-
-class Entries(Sequence[Candidate]):
-    """Candidates that note which of them were read, and end the run at one of them."""
-
-    def __init__(self, entries: Sequence[Candidate], fatal: int | None = None) -> None:
-        self.entries, self.fatal, self.read = list(entries), fatal, []  # type: ignore[var-annotated]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: Any) -> Any:
-        if index == self.fatal:
-            raise KeyboardInterrupt
-        self.read.append(index)
-        return self.entries[index]
-
-    def __iter__(self) -> Iterator[Candidate]:
-        return iter(self.entries)
 
 
 def test_a_run_killed_between_parts_goes_on_with_the_next_one(

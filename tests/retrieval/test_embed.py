@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from worlds import Entries
 
 from lightning_mmembed import Candidate, MLLMEncoder
 from lightning_mmembed.data import Shards
@@ -21,22 +22,6 @@ from lightning_mmembed.retrieval.pool import Pool
 from lightning_mmembed.retrieval.vectors import Vectors
 
 PART, BATCH = 20, 4
-
-
-class Entries(Sequence[Candidate]):
-    """Candidates that note in which order they were read, and end the run at one of them."""
-
-    def __init__(self, entries: Sequence[Candidate], fatal: int | None = None) -> None:
-        self.entries, self.fatal, self.read = list(entries), fatal, []  # type: ignore[var-annotated]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: Any) -> Any:
-        if index == self.fatal:
-            raise KeyboardInterrupt
-        self.read.append(index)
-        return self.entries[index]
 
 
 @pytest.fixture(autouse=True)
