@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lightning_mmembed.data.batches import TrainingBatch
-from lightning_mmembed.encoders.mllm import MLLMEncoder
+from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.losses import contrastive_loss, in_batch_accuracy, labelled_positive_mask
@@ -39,7 +39,7 @@ class RetrievalModule(LightningModule):
 
     def __init__(
         self,
-        encoder: MLLMEncoder,
+        encoder: Encoder,
         loss: LossFunction = contrastive_loss,
         optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
         scheduler: SchedulerFactory | None = None,

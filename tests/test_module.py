@@ -18,7 +18,7 @@ from worlds import tiny_module, tiny_trainer
 from lightning_mmembed import MBEIRDataModule, RetrievalModule
 from lightning_mmembed.checkpoints import load_encoder_weights
 from lightning_mmembed.data.batches import TrainingBatch
-from lightning_mmembed.encoders.mllm import encoder_of
+from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mmembed.callbacks.access import datamodule_of, output_directory, vector_store
 from lightning_mmembed.data.shards import Shards
-from lightning_mmembed.encoders.mllm import encoder_of
+from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import TASK_MODALITIES, decode_id
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric

@@ -13,7 +13,7 @@ from lightning_mmembed.callbacks.access import datamodule_of, output_directory, 
 from lightning_mmembed.checkpoints import load_encoder_weights
 from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.data.negatives import write_negatives
-from lightning_mmembed.encoders.mllm import MLLMEncoder, encoder_of
+from lightning_mmembed.encoders.base import Encoder, encoder_of
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
 from lightning_mmembed.retrieval.mine import mine_negatives
@@ -97,7 +97,7 @@ class HardNegativeMining(Callback):
         if due and done != trainer.max_epochs:
             self._mine(trainer, encoder_of(pl_module))
 
-    def _mine(self, trainer: Trainer, encoder: MLLMEncoder) -> None:
+    def _mine(self, trainer: Trainer, encoder: Encoder) -> None:
         datamodule = datamodule_of(trainer)
         made_by = encoder_fingerprint(encoder)
         store = vector_store(trainer, self.dirpath, **self._store)

@@ -16,7 +16,7 @@ from lightning_mmembed.data.negatives import MinedNegatives
 from lightning_mmembed.data.sampling import check_rule, source_targets, task_targets
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
-from lightning_mmembed.encoders.mllm import encoder_of
+from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
 
 

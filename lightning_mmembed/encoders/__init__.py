@@ -1,3 +1,3 @@
-"""Encoders: prompts, processor, pooling, the MLLM encoder."""
+"""Encoders: prompts, processor, families, pooling, the MLLM encoder."""
 
 from lightning_mmembed.encoders.mllm import MLLMEncoder as MLLMEncoder

@@ -71,8 +71,8 @@ class LatentAttentionPooling(nn.Module):
         return attended
 
 
-def build_pooling(name: str, hidden_size: int) -> nn.Module:
-    """Make a pooling by its name.
+def build_pooling(name: str, hidden_size: int, **options: int) -> nn.Module:
+    """Make a pooling by its name; ``options`` are further arguments of :class:`LatentAttentionPooling`.
 
     Raises:
         ValueError: If ``name`` is none of ``latent-attention``, ``mean``, ``last``.
@@ -82,5 +82,5 @@ def build_pooling(name: str, hidden_size: int) -> nn.Module:
     if name == "last":
         return LastTokenPooling()
     if name == "latent-attention":
-        return LatentAttentionPooling(hidden_size)
+        return LatentAttentionPooling(hidden_size, **options)
     raise ValueError(f"pooling={name!r} is unknown; write 'latent-attention', 'mean' or 'last'")

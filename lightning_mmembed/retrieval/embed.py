@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_mmembed.encoders.mllm import MLLMEncoder
+from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint, resumable, write_atomically
 from lightning_mmembed.items import Candidate, Query
@@ -27,17 +27,13 @@ from lightning_mmembed.retrieval.vectors import Vectors, open_part
 PART_SIZE = 8192
 
 
-def encoder_fingerprint(encoder: MLLMEncoder) -> str:
+def encoder_fingerprint(encoder: Encoder) -> str:
     """Fingerprint of the weights and of everything else that a vector depends on."""
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    processor = encoder.processor
-    pictures = [processor.image_size, processor.resample, encoder.image_mean.tolist(), encoder.image_std.tolist()]
-    settings = [version("lightning-mmembed"), encoder.settings, processor.max_length, pictures]
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    return fingerprint(digest.hexdigest(), settings, hashlib.sha256(tokenizer.encode()).hexdigest())
+    return fingerprint(digest.hexdigest(), version("lightning-mmembed"), encoder.settings, encoder.processor.settings())
 
 
 class VectorStore:
@@ -74,7 +70,7 @@ class VectorStore:
 
     def embed(
         self,
-        encoder: MLLMEncoder,
+        encoder: Encoder,
         entries: Sequence[Query] | Sequence[Candidate],
         content: str,
         made_by: str,
@@ -117,12 +113,12 @@ class VectorStore:
         self.barrier()
         return Vectors(list(parts), encoder.embedding_dim)
 
-    def embed_pool(self, encoder: MLLMEncoder, pool: Pool, made_by: str) -> Vectors:
+    def embed_pool(self, encoder: Encoder, pool: Pool, made_by: str) -> Vectors:
         """The vectors of a pool; see :meth:`embed`."""
         label = f"embedding the {pool.name} pool"
         return self.embed(encoder, pool.items, pool.fingerprint, made_by, label, pool.likeness)
 
-    def embed_queries(self, encoder: MLLMEncoder, queries: QuerySet, made_by: str) -> Tensor:
+    def embed_queries(self, encoder: Encoder, queries: QuerySet, made_by: str) -> Tensor:
         """The vectors of a task's queries, which unlike a pool fit in memory: ``(Q, D)``; see :meth:`embed`."""
         label = f"embedding queries of {queries.task.name}"
         vectors = self.embed(encoder, queries.queries, queries.fingerprint, made_by, label, queries.likeness)
@@ -145,7 +141,7 @@ class VectorStore:
 
     def _compute(
         self,
-        encoder: MLLMEncoder,
+        encoder: Encoder,
         entries: Sequence[Query] | Sequence[Candidate],
         parts: dict[Path, range],
         label: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mmembed.encoders.mllm import MLLMEncoder
+from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
@@ -74,7 +74,7 @@ def _search(
 
 
 def evaluate_retrieval(
-    encoder: MLLMEncoder,
+    encoder: Encoder,
     pool: Pool,
     query_sets: Sequence[QuerySet],
     store: VectorStore,
@@ -89,5 +89,5 @@ def evaluate_retrieval(
     """
     pool_vectors = store.embed_pool(encoder, pool, made_by)
     query_vectors = [store.embed_queries(encoder, queries, made_by) for queries in query_sets]
-    search = search.on(encoder.image_mean.device)
+    search = search.on(encoder.device)
     return evaluate_vectors(pool, pool_vectors, query_sets, query_vectors, metrics, search=search)

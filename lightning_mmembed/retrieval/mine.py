@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_mmembed.encoders.mllm import MLLMEncoder
+from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.mining import mine_modality_aware
 from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
@@ -49,7 +49,7 @@ def mine_vectors(
 
 
 def mine_negatives(
-    encoder: MLLMEncoder,
+    encoder: Encoder,
     pool: Pool,
     query_sets: Sequence[QuerySet],
     store: VectorStore,
@@ -74,7 +74,7 @@ def mine_negatives(
     """
     pool_vectors = store.embed_pool(encoder, pool, made_by)
     query_vectors = [store.embed_queries(encoder, queries, made_by) for queries in query_sets]
-    search = search.on(encoder.image_mean.device)
+    search = search.on(encoder.device)
     return mine_vectors(pool, pool_vectors, query_sets, query_vectors, k, k_prime, search)
 
 

@@ -156,7 +156,7 @@ def other_weights(encoder: MLLMEncoder) -> None:
 
 
 def shorter_texts(encoder: MLLMEncoder) -> None:
-    encoder.processor.max_length = 20
+    encoder.processor.prompts.max_length = 20
 
 
 def test_vectors_of_other_weights_or_settings_are_computed_again(

@@ -102,7 +102,7 @@ def flat(batch: TrainingBatch) -> list[Any]:
         batch.positive_index,
         batch.positives,
         batch.inputs.order,
-        *(t for b in batch.inputs.buckets for t in (b.input_ids, b.attention_mask, b.pool_mask, b.pixel_values)),
+        *(t for b in batch.inputs.buckets for t in (b.input_ids, b.attention_mask, b.pool_mask, *b.pictures.values())),
     ]
     return [t if t is None else t.tolist() for t in tensors]
 

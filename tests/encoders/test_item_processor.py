@@ -35,7 +35,7 @@ def decoded(processor: ItemProcessor, entry: Query | Candidate | Item) -> tuple[
     bucket = bucket_of(processor, entry)
     pooled = bucket.pool_mask[0].bool()
     ids = bucket.input_ids[0]
-    return processor.tokenizer.decode(ids[~pooled]), processor.tokenizer.decode(ids[pooled])
+    return processor.prompts.tokenizer.decode(ids[~pooled]), processor.prompts.tokenizer.decode(ids[pooled])
 
 
 IMAGES = "<image>" * POSITIONS
@@ -98,13 +98,13 @@ def test_only_pictures_take_pixels_in_the_order_of_their_rows(processor: ItemPro
     ]
     inputs = processor(entries)
     rows = [int(position) for position in inputs.order if position]
-    pixels = inputs.buckets[0].pixel_values
+    pixels = inputs.buckets[0].pictures["pixel_values"]
     assert pixels is not None
     assert pixels.shape == (3, 3, 32, 32)
     assert [Image.new("RGB", (1, 1), colours[row - 1]).getpixel((0, 0)) for row in rows] == [
         tuple(p[:, 0, 0].tolist()) for p in pixels
     ]
-    assert bucket_of(processor, Item("a pet")).pixel_values is None
+    assert bucket_of(processor, Item("a pet")).pictures == {}
 
 
 # --- truncation -----------------------------------------------------------------------------------------------------
@@ -119,23 +119,23 @@ def test_truncation_cuts_the_end_of_the_text_and_keeps_all_else(
     bucket = bucket_of(processor, Query(Item(text, image), instruction))
     ids = bucket.input_ids[0]
     # The picture counts as one token, as it does in the released code before it is expanded.
-    assert len(ids) == processor.max_length + (POSITIONS - 1 if image else 0)
-    whole = processor.tokenizer.decode(ids)
+    assert len(ids) == processor.prompts.max_length + (POSITIONS - 1 if image else 0)
+    whole = processor.prompts.tokenizer.decode(ids)
     head = f"<s>Instruct: {instruction}\nQuery: " if instruction else "<s>Query: "
     assert whole.startswith(head + (f"{IMAGES}\n" if image else "") + "word0 word1")
     assert whole.endswith("</s>")
     kept = whole.removesuffix("</s>").partition("word0")[2]
     assert text.partition("word0")[2].startswith(kept)
     assert len(kept) > 10
-    pooled = processor.tokenizer.decode(ids[bucket.pool_mask[0].bool()])
+    pooled = processor.prompts.tokenizer.decode(ids[bucket.pool_mask[0].bool()])
     assert pooled.startswith("Query: " if instruction else "<s>Query: ")
 
 
 def test_a_text_that_just_fits_is_not_cut(processor: ItemProcessor) -> None:
-    room = processor.max_length - 2
+    room = processor.prompts.max_length - 2
     text = "!" * room
-    assert len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) == room
-    assert processor.tokenizer.decode(bucket_of(processor, Item(text)).input_ids[0]) == f"<s>{text}</s>"
+    assert len(processor.prompts.tokenizer(text, add_special_tokens=False)["input_ids"]) == room
+    assert processor.prompts.tokenizer.decode(bucket_of(processor, Item(text)).input_ids[0]) == f"<s>{text}</s>"
 
 
 @pytest.mark.parametrize("item", [Item("a pet"), Item(image=RED), Item("a pet", RED)])
@@ -157,9 +157,9 @@ def test_every_length_of_instruction_is_either_refused_or_leaves_a_pooled_query_
                 refused += 1
                 continue
             assert not refused, "once an instruction is too long, every longer one is"
-            assert bucket.input_ids[0, -1] == processor.tokenizer.eos_token_id
+            assert bucket.input_ids[0, -1] == processor.prompts.tokenizer.eos_token_id
             assert int(bucket.pool_mask.sum()) >= 2
-            assert int((bucket.input_ids == processor.image_token_id).sum()) == (POSITIONS if item.image else 0)
+            assert int((bucket.input_ids == processor.family.image_token_id).sum()) == (POSITIONS if item.image else 0)
         assert refused
 
 
@@ -168,15 +168,15 @@ def test_every_length_of_instruction_is_either_refused_or_leaves_a_pooled_query_
 
 @pytest.mark.parametrize("literal", ["<image>", "</s>", "<s>", "<pad>"])
 def test_a_special_token_in_a_text_is_plain_text(processor: ItemProcessor, literal: str) -> None:
-    special = processor.tokenizer.convert_tokens_to_ids(literal)
+    special = processor.prompts.tokenizer.convert_tokens_to_ids(literal)
     text = f"a {literal} pet"
-    plain = [processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id]
+    plain = [processor.prompts.tokenizer.bos_token_id, processor.prompts.tokenizer.eos_token_id]
     for entry in (Item(text), Query(Item(text), text), Item(text, RED), Query(Item(text, RED), text)):
         ids = bucket_of(processor, entry).input_ids[0].tolist()
         has_image = (entry if isinstance(entry, Item) else entry.item).image is not None
         expected = POSITIONS * has_image if literal == "<image>" else plain.count(special)
         assert ids.count(special) == expected
-        assert literal in processor.tokenizer.decode(ids[1:-1])
+        assert literal in processor.prompts.tokenizer.decode(ids[1:-1])
 
 
 def test_a_literal_image_token_encodes_without_a_picture(tiny_checkpoint: Path) -> None:
@@ -202,7 +202,7 @@ def squashed(rgb: Image.Image) -> np.ndarray:
 
 
 def test_a_picture_is_squashed_to_a_square_without_cropping(processor: ItemProcessor) -> None:
-    pixels = bucket_of(processor, Item(image=striped())).pixel_values[0].numpy()
+    pixels = bucket_of(processor, Item(image=striped())).pictures["pixel_values"][0].numpy()
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, squashed(striped()))
     assert pixels[:, 16, 0].tolist() == [255, 0, 0]
@@ -212,7 +212,7 @@ def test_a_picture_is_squashed_to_a_square_without_cropping(processor: ItemProce
 def test_a_picture_given_as_bytes_gives_the_pixels_of_the_decoded_one(processor: ItemProcessor) -> None:
     buffer = io.BytesIO()
     striped().save(buffer, "PNG")
-    pixels = bucket_of(processor, Item(image=buffer.getvalue())).pixel_values[0].numpy()
+    pixels = bucket_of(processor, Item(image=buffer.getvalue())).pictures["pixel_values"][0].numpy()
     np.testing.assert_array_equal(pixels, squashed(striped()))
 
 
@@ -221,14 +221,14 @@ def test_alpha_is_dropped_not_blended(processor: ItemProcessor, as_bytes: bool) 
     clear = Image.new("RGBA", (20, 40), (200, 30, 40, 0))
     buffer = io.BytesIO()
     clear.save(buffer, "PNG")
-    pixels = bucket_of(processor, Item(image=buffer.getvalue() if as_bytes else clear)).pixel_values[0]
+    pixels = bucket_of(processor, Item(image=buffer.getvalue() if as_bytes else clear)).pictures["pixel_values"][0]
     assert pixels[:, 5, 5].tolist() == [200, 30, 40]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA"])
 def test_every_colour_mode_becomes_rgb(processor: ItemProcessor, mode: str) -> None:
     image = Image.new("RGB", (20, 20), "white").convert(mode)
-    assert bucket_of(processor, Item(image=image)).pixel_values.shape == (1, 3, 32, 32)
+    assert bucket_of(processor, Item(image=image)).pictures["pixel_values"].shape == (1, 3, 32, 32)
 
 
 def test_the_language_model_sees_normalised_pixels(tiny_checkpoint: Path) -> None:

@@ -49,16 +49,17 @@ def test_a_saved_encoder_gives_the_same_vectors_when_loaded(
             parameter.add_(0.01)
     encoder.save_pretrained(tmp_path)
     loaded = MLLMEncoder.from_pretrained(tmp_path)
-    assert loaded.settings == {"pooling": pooling, "bidirectional": False}
-    assert loaded.processor.max_length == 17
+    assert loaded.settings == encoder.settings
+    assert (loaded.settings["pooling"], loaded.settings["bidirectional"]) == (pooling, False)
+    assert loaded.processor.prompts.max_length == 17
     assert torch.equal(loaded.encode(ENTRIES), encoder.encode(ENTRIES))
 
 
 def test_what_is_asked_for_wins_over_what_was_saved(tiny_checkpoint: Path, tmp_path: Path) -> None:
     MLLMEncoder.from_pretrained(tiny_checkpoint, pooling="last", max_length=17).save_pretrained(tmp_path)
     loaded = MLLMEncoder.from_pretrained(tmp_path, pooling="mean", bidirectional=False, max_length=9)
-    assert loaded.settings == {"pooling": "mean", "bidirectional": False}
-    assert loaded.processor.max_length == 9
+    assert (loaded.settings["pooling"], loaded.settings["bidirectional"]) == ("mean", False)
+    assert loaded.processor.prompts.max_length == 9
 
 
 def test_the_tiny_checkpoint_is_read_by_plain_transformers(tiny_checkpoint: Path) -> None:
@@ -69,7 +70,7 @@ def test_the_tiny_checkpoint_is_read_by_plain_transformers(tiny_checkpoint: Path
     own, theirs = weights(encoder.backbone), weights(model.model)
     assert own.keys() == theirs.keys()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
-    assert tokenizer("a red pet")["input_ids"] == encoder.processor.tokenizer("a red pet")["input_ids"]
+    assert tokenizer("a red pet")["input_ids"] == encoder.processor.prompts.tokenizer("a red pet")["input_ids"]
     batch = processor(images=Image.new("RGB", (32, 32), "red"), text="<image>\na pet", return_tensors="pt")
     with torch.no_grad():
         logits = model(**batch).logits
@@ -108,7 +109,7 @@ def test_a_tiny_checkpoint_is_reused_until_its_corpus_or_architecture_changes(tm
     before = json.loads((path / BUILD_FILE).read_text())
     tiny_encoder(path, Corpus([*TEXTS, "zebra zebra zebra"]), {**ARCHITECTURE, "hidden_size": 16})
     assert json.loads((path / BUILD_FILE).read_text()) != before
-    assert "zebra" in MLLMEncoder.from_pretrained(path).processor.tokenizer.get_vocab()
+    assert "zebra" in MLLMEncoder.from_pretrained(path).processor.prompts.tokenizer.get_vocab()
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
 
 
@@ -144,7 +145,7 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_architecture_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserInputError, match="model_type='bert'; supported is 'llava_next'"):
+    with pytest.raises(UserInputError, match="model_type='bert'; supported are"):
         MLLMEncoder.from_pretrained(tmp_path)
 
 

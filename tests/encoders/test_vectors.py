@@ -110,7 +110,7 @@ def test_the_four_ways_to_write_an_item_give_the_same_vector(tiny_checkpoint: Pa
 
 def final_norm_states(encoder: MLLMEncoder, text: str) -> tuple[Tensor, Tensor]:
     """Token ids of a candidate, and what the final norm gave in a run of the language model of its own."""
-    tokenizer = encoder.processor.tokenizer
+    tokenizer = encoder.processor.prompts.tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     input_ids = torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]])
     seen: list[Tensor] = []
@@ -161,7 +161,7 @@ def test_a_later_token_changes_an_earlier_state_only_in_bidirectional_mode(tiny_
         encoder = load(tiny_checkpoint, bidirectional=bidirectional)
         one, two = (token_states(encoder, [Item(text=f"a red {end}"), *mates])[0] for end in ("x", "y"))
         assert distance(one[:3], two[:3]) > 1e-3 if bidirectional else distance(one[:3], two[:3]) <= TOLERANCE
-        length = len(encoder.processor.tokenizer("a red x")["input_ids"]) + 2
+        length = len(encoder.processor.prompts.tokenizer("a red x")["input_ids"]) + 2
         assert distance(one[length - 2], two[length - 2]) > 1e-3  # the token itself, in either mode
 
 

@@ -265,7 +265,7 @@ def test_a_rare_picture_is_decoded_to_the_expected_colours_and_passes_the_proces
     assert pixels.shape == (int(row["height"]), int(row["width"]), 3)
     np.testing.assert_allclose(pixels.reshape(-1, 3).mean(0), [float(row[f"mean_{c}"]) for c in "rgb"], atol=3)
     processor = MLLMEncoder.from_pretrained(tiny_checkpoint, max_length=48).processor
-    tensor = processor([item(shards, did)]).buckets[0].pixel_values
+    tensor = processor([item(shards, did)]).buckets[0].pictures["pixel_values"]
     assert tensor is not None
     assert tensor.shape == (1, 3, 32, 32)
 
@@ -329,11 +329,11 @@ def test_a_difficult_text_is_read_and_encoded_as_plain_text(shards: Shards, tiny
     assert (found.text or "") == TEXTS[did]
     processor = MLLMEncoder.from_pretrained(tiny_checkpoint, max_length=48).processor
     bucket = processor([Query(found, "Find the answer.")]).buckets[0]
-    assert bucket.input_ids.shape[1] <= 48 + processor.image_tokens
-    images = int((bucket.input_ids == processor.image_token_id).sum())
-    assert images == (0 if found.image is None else processor.image_tokens)
+    assert bucket.input_ids.shape[1] <= 48 + len(processor.family.token_ids)
+    images = int((bucket.input_ids == processor.family.image_token_id).sum())
+    assert images == (0 if found.image is None else len(processor.family.token_ids))
     kept = bucket.input_ids[0][: int((1 - bucket.pool_mask[0]).nonzero()[-1]) + 1]
-    assert "Find the answer." in processor.tokenizer.decode(kept)
+    assert "Find the answer." in processor.prompts.tokenizer.decode(kept)
 
 
 # --- E. pools

@@ -1,0 +1,97 @@
+"""Reads checkpoints: safetensors only, no code of theirs run, every weight accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+from lightning_mmembed.errors import UserInputError
+
+SETTINGS_FILE = "mmembed.json"
+POOLING_FILE = "pooling.safetensors"
+
+#: Weights that a checkpoint may hold beyond the backbone's: the head, and buffers of older versions of transformers.
+IGNORED = ("lm_head.", "position_ids", "rotary_emb.inv_freq")
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Name the checkpoint in what transformers raises on an absent, foreign or broken one."""
+    try:
+        yield
+    except UserInputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserInputError(
+            f"checkpoint {path!r} cannot be read: {error}. Give a directory with config.json and *.safetensors, or a "
+            "hub id"
+        ) from error
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a checkpoint."""
+    # False, not the default: transformers would ask whether to run the code of a checkpoint, and run it on a yes.
+    config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a checkpoint."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def load_backbone(path: str, config: PretrainedConfig, ignored: tuple[str, ...] = (), **options: Any) -> Any:
+    """Load a model without its language-model head.
+
+    Args:
+        path: A directory or a hub id.
+        config: The configuration.
+        ignored: Parts of names of weights that the checkpoint holds for somebody else.
+        **options: Further arguments of ``from_pretrained``.
+
+    Raises:
+        UserInputError: If the checkpoint lacks weights, or holds some that the model has no use for.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)  # the check below takes the place of its report on the weights
+    try:
+        backbone, info = AutoModel.from_pretrained(
+            path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    unexpected = [key for key in info["unexpected_keys"] if not any(part in key for part in IGNORED + ignored)]
+    for found, what in ((info["missing_keys"], "lacks"), (unexpected, "has no place for")):
+        if found:
+            raise UserInputError(
+                f"checkpoint {path!r} does not fit its config.json: {type(backbone).__name__} {what} {len(found)} "
+                f"weights, such as {sorted(found)[0]}; download it again, or mend config.json"
+            )
+    return backbone
+
+
+def read_json(path: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of a checkpoint, or ``None`` if there is none."""
+    file = find_file(path, name)
+    return None if file is None else json.loads(file.read_text())
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """Where a file of a checkpoint lies on this machine, downloaded if need be; ``None`` if there is none."""
+    found = cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
