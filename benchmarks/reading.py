@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mmembed.data import Shards, shard_dataset
 from lightning_mmembed.encoders.processor import decode_image
@@ -51,14 +51,15 @@ class Files(Dataset[int]):
 
 
 class FromShards(Dataset[int]):
-    """Our shards, through their index."""
+    """Our shards, through their index: a batch at a time, as the package reads a pool."""
 
     def __init__(self, directory: Path, decode: bool) -> None:
-        self.items, self.decode = Shards(directory).pool("train").items, decode
+        self.items: Any = Shards(directory).pool("train").items
+        self.decode = decode
 
-    def __getitem__(self, index: int) -> int:
-        picture = self.items[index].item.image
-        return decode_image(picture).height if self.decode else len(picture)
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        pictures = [candidate.item.image for candidate in self.items.__getitems__(indices)]
+        return [decode_image(picture).height if self.decode else len(picture) for picture in pictures]
 
 
 class InMemory(Dataset[int]):
@@ -71,21 +72,22 @@ class InMemory(Dataset[int]):
         return decode_image(self.pictures[index]).height
 
 
-class Started(Dataset[int]):
-    """A dataset whose index -1 reads nothing: what the workers do until all of them run."""
+class Started(Subset[int]):
+    """A part of a dataset whose index -1 reads nothing: what the workers do until all of them run."""
 
-    def __init__(self, dataset: Dataset[int]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> int:
-        return 0 if index < 0 else self.dataset[index]
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return [0] * len(indices) if indices[0] < 0 else super().__getitems__(indices)
 
 
 def rate(dataset: Dataset[int], workers: int, order: Sequence[int]) -> float:
     """Samples per second, without the time that the workers need to start."""
     idle = [-1] * BATCH_SIZE * max(1, 2 * workers)  # as many batches as a DataLoader asks for at once
     loader: DataLoader[Any] = DataLoader(
-        Started(dataset), BATCH_SIZE, sampler=[*idle, *order], num_workers=workers, collate_fn=list
+        Started(dataset, order),
+        BATCH_SIZE,
+        sampler=[*idle, *range(len(order))],
+        num_workers=workers,
+        collate_fn=list,
     )
     batches = iter(loader)
     next(batches)

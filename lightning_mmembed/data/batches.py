@@ -190,8 +190,10 @@ class TrainingBatches(Dataset[TrainingBatch]):
         candidate_ids = chosen + negatives
         drawn = partial(self.shards.instructions.draw, seed=self.seed, epoch=epoch)
         instruct = drawn if self.draw_instructions else None
+        candidate_rows = [self.shards.candidate_row(did) for did in candidate_ids]
+        self.shards.expect([*rows, *candidate_rows])
         queries = [self.shards.query_at(int(row), instruct) for row in rows]
-        candidates = [self.shards.candidate(did) for did in candidate_ids]
+        candidates = [self.shards.candidate_at(row) for row in candidate_rows]
         return TrainingBatch(
             self.processor([*queries, *candidates]),
             torch.from_numpy(ids),

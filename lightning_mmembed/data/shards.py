@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -116,10 +116,18 @@ class Shards:
         Raises:
             UserInputError: If no candidate has it.
         """
+        return self.candidate_at(self.candidate_row(code))
+
+    def candidate_row(self, code: int) -> int:
+        """The index row of the candidate with an encoded id.
+
+        Raises:
+            UserInputError: If no candidate has it.
+        """
         place = int(np.searchsorted(self.candidate_ids, code))
         if place == len(self.candidate_ids) or self.candidate_ids[place] != code:
             raise UserInputError(f"did={decode_id(code)!r} is in no pool of {self.directory}")
-        return self.candidate_at(int(self.candidate_rows[place]))
+        return int(self.candidate_rows[place])
 
     def candidate_at(self, row: int) -> Candidate:
         """The candidate at an index row."""
@@ -139,6 +147,10 @@ class Shards:
         instruction = (instruct or self.instructions.fixed)(record["qid"], modality, task)
         item = Item(record["query_txt"] or None, image)
         return Query(item, instruction, record["qid"], task, tuple(record["pos_cand_list"]))
+
+    def expect(self, rows: Iterable[int]) -> None:
+        """Say that the records at some index rows are read next, and their pictures; see :meth:`Place.expect`."""
+        self._place.expect(part for row in rows for part in self._ranges(row))
 
     def pool_fingerprint(self, name: str) -> str:
         """The fingerprint of a pool, without reading it."""
@@ -165,7 +177,7 @@ class Shards:
             ids=torch.from_numpy(self.candidate_ids[member]),
             modalities=torch.from_numpy(self._columns["modality"][rows]),
             local={task: torch.from_numpy(inside[member]) for task, inside in local.items()},
-            items=_Rows(rows, self.candidate_at),
+            items=_Rows(rows, self.candidate_at, self.expect),
             fingerprint=self.pool_fingerprint(name),
             sizes=torch.from_numpy(self._columns["size"][rows].astype(np.int64)),
         )
@@ -190,7 +202,7 @@ class Shards:
         sets = []
         for task in self.tasks(split):
             mine = rows[names == task.name]
-            queries = _Rows(mine, partial(self.query_at, instruct=instruct))
+            queries = _Rows(mine, partial(self.query_at, instruct=instruct), self.expect)
             made_of = f"{self.fingerprint}/{split}/{task.name}/{mode}"
             sizes = torch.from_numpy(self._columns["size"][mine].astype(np.int64))
             ids = torch.from_numpy(self.query_ids(mine))
@@ -198,19 +210,24 @@ class Shards:
         return sets
 
     def _read(self, row: int) -> tuple[dict[str, Any], bytes | None]:
-        record = json.loads(self._bytes(row, *_OF_RECORDS))
-        return record, self._bytes(row, *_OF_PICTURES) if self._columns["image_size"][row] else None
+        record, *picture = [self._place.read_at(*part) for part in self._ranges(row)]
+        return json.loads(record), picture[0] if picture else None
 
-    def _bytes(self, row: int, shard: str, offset: str, size: str) -> bytes:
-        name = self.manifest["shards"][int(self._columns[shard][row])]["file"]
-        return self._place.read_at(name, int(self._columns[offset][row]), int(self._columns[size][row]))
+    def _ranges(self, row: int) -> list[tuple[str, int, int]]:
+        """File, offset and size of the record at a row, and of its picture if it has one."""
+        columns, files = self._columns, self.manifest["shards"]
+        parts = (_OF_RECORDS, _OF_PICTURES) if columns["image_size"][row] else (_OF_RECORDS,)
+        return [
+            (files[columns[shard][row]]["file"], int(columns[offset][row]), int(columns[size][row]))
+            for shard, offset, size in parts
+        ]
 
 
 class _Rows(Sequence[Any]):
     """Records read when they are asked for."""
 
-    def __init__(self, rows: np.ndarray, read: Any) -> None:
-        self._rows, self._read = rows, read
+    def __init__(self, rows: np.ndarray, read: Callable[[int], Any], expect: Callable[[Iterable[int]], None]) -> None:
+        self._rows, self._read, self._expect = rows, read, expect
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -219,6 +236,13 @@ class _Rows(Sequence[Any]):
         if isinstance(index, slice):
             return [self._read(int(row)) for row in self._rows[index]]
         return self._read(int(self._rows[index]))
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """What a DataLoader asks for: a batch."""
+        rows = self._rows[indices]
+        if (np.diff(rows) != 1).any():  # in order, the system reads ahead by itself, and further than a batch
+            self._expect(rows)
+        return [self._read(int(row)) for row in rows]
 
 
 class ShardTexts:

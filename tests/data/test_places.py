@@ -1,21 +1,30 @@
-"""Shards read from a URL: what they hold is what they hold in a folder, in this process and in others."""
+"""Shards read from a URL hold what they hold in a folder, in this process and in others; what a batch reads is
+announced to a local disk, and changes nothing that is read."""
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Iterator
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mmembed.data import Shards
+from lightning_mmembed.data.batches import TrainingBatches
+from lightning_mmembed.data.places import Place
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import encode_id
 
-KINDS = ("memory", "filecache", "simplecache", "file")
+#: A filesystem in ``asyncwrapper`` fails when it is used after a fork; the last has no ``://``.
+KINDS = ("memory", "filecache", "simplecache", "file", "asyncwrapper", "simplecache of a path")
 
 
 class Candidates(Dataset[Any]):
@@ -45,7 +54,12 @@ def memory(tiny_shards: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def url(kind: str, tiny_shards: Path, memory: str) -> str:
-    return {"memory": memory, "file": f"file://{tiny_shards}"}.get(kind, f"{kind}::file://{tiny_shards}")
+    special = {
+        "memory": memory,
+        "file": f"file://{tiny_shards}",
+        "simplecache of a path": f"simplecache::{tiny_shards}",
+    }
+    return special.get(kind, f"{kind}::file://{tiny_shards}")
 
 
 def content(shards: Shards) -> list[Any]:
@@ -128,3 +142,201 @@ def test_a_missing_index_or_instruction_file_is_named(memory: str, tmp_path: Pat
     fsspec.filesystem("memory").rm(f"{tmp_path}/{name}")
     with pytest.raises(UserInputError, match=f"{name} is missing"):
         Shards(memory).pool("train")
+
+
+# --- from a folder --------------------------------------------------------------------------------------------------
+
+
+class Wrong(Dataset[int]):
+    """How many of many reads give other bytes than the file's; the file is opened before the fork."""
+
+    def __init__(self, path: Path) -> None:
+        self.place, self.name, self.data = Place(path.parent), path.name, path.read_bytes()
+        self[0]
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, seed: int) -> int:
+        offsets = random.Random(seed).choices(range(len(self.data) - 8), k=10_000)
+        return sum(self.place.read_at(self.name, o, 8) != self.data[o : o + 8] for o in offsets)
+
+
+def test_forked_workers_that_read_the_same_open_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(0).randbytes(100_000))
+    loader = DataLoader(Wrong(path), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert list(loader) == [0] * 6
+
+
+def test_bytes_at_an_offset_are_those_of_the_file_and_all_that_were_asked_for(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 40
+    (tmp_path / "file").write_bytes(data)
+    for location in (tmp_path, f"file://{tmp_path}"):
+        place = Place(location)
+        for offset in (5000, 0, 255, 10239):  # not in order
+            assert place.read_at("file", offset, 1) == data[offset : offset + 1]
+        assert place.read_at("file", 4095, 6145) == data[4095:]
+        for offset, size in ((4095, 6146), (10240, 1), (20000, 5)):
+            with pytest.raises(UserInputError, match=f"file ends before byte {offset + size}; it is truncated"):
+                place.read_at("file", offset, size)
+
+
+def test_each_file_is_opened_once_and_closed_with_its_place(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    really_open = os.open
+
+    def noted_open(path: Path, flags: int) -> int:
+        opened.append(really_open(path, flags))
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", noted_open)
+    names = [path.name for path in tiny_shards.glob("*.tar")]
+    place = Place(tiny_shards)
+    for name in names * 2:
+        place.expect([(name, 0, 512)])
+        place.read_at(name, 0, 512)
+    assert len(opened) == len(names) > 1
+    assert [os.lseek(descriptor, 0, os.SEEK_CUR) for descriptor in opened] == [0] * len(names), "no position moves"
+    del place
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+# --- what is read next is announced ---------------------------------------------------------------------------------
+
+#: (kind, file, offset, size) of a hint or a read.
+Event = tuple[str, int, int, int]
+
+needs_hints = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no hints")
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Every hint and every read at an offset, in the order in which they happen."""
+    noted: list[Event] = []
+    advise, pread = os.posix_fadvise, os.pread
+
+    def noted_advise(descriptor: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        noted.append(("hint", os.fstat(descriptor).st_ino, offset, size))
+        advise(descriptor, offset, size, advice)
+
+    def noted_pread(descriptor: int, size: int, offset: int) -> bytes:
+        noted.append(("read", os.fstat(descriptor).st_ino, offset, size))
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted_advise)
+    monkeypatch.setattr(os, "pread", noted_pread)
+    return noted
+
+
+def pool_batches(shards: Shards) -> Iterator[list[Any]]:
+    """The training pool in batches out of order, as it is embedded."""
+    items: Any = shards.pool("train").items
+    order = random.Random(0).sample(range(len(items)), len(items))
+    return iter(DataLoader(Subset(items, order), batch_size=7, collate_fn=list))
+
+
+def query_batches(shards: Shards) -> Iterator[list[Any]]:
+    """The queries of evaluation in batches, from the last to the first."""
+    for queries in shards.query_sets("test"):
+        entries: Any = queries.queries
+        yield from DataLoader(Subset(entries, range(len(entries))[::-1]), batch_size=3, collate_fn=list)
+
+
+def training_batches(shards: Shards) -> Iterator[list[Any]]:
+    """Batches of training: queries, positives, negatives."""
+    rows, pool = shards.query_rows("train"), shards.pool("train").ids.numpy()
+    batches = TrainingBatches(shards, rows, pool, list, negatives_per_query=2)  # type: ignore[arg-type]
+    for start in range(0, len(rows), 6):
+        entries: Any = batches[0, np.arange(start, start + 6)].inputs
+        yield entries
+
+
+BATCHES = (pool_batches, query_batches, training_batches)
+
+
+@needs_hints
+@pytest.mark.parametrize("batches", BATCHES)
+def test_exactly_what_a_batch_reads_is_announced_before_the_first_of_its_reads(
+    tiny_shards: Path, events: list[Event], batches: Callable[[Shards], Iterator[list[Any]]]
+) -> None:
+    read = list(batches(Shards(tiny_shards)))
+    groups = [(kind, sorted(event[1:] for event in group)) for kind, group in groupby(events, lambda event: event[0])]
+    assert [kind for kind, _ in groups] == ["hint", "read"] * len(read)
+    for batch, (_, announced), (_, taken) in zip(read, groups[::2], groups[1::2], strict=True):
+        assert announced == taken
+        assert len(taken) == len(batch) + sum(entry.item.image is not None for entry in batch)
+
+
+@needs_hints
+def test_what_is_read_in_order_is_left_to_the_system(tiny_shards: Path, events: list[Event]) -> None:
+    items: Any = Shards(tiny_shards).pool("train").items
+    items.__getitems__(list(range(8)))
+    assert {kind for kind, *_ in events} == {"read"}
+    items.__getitems__([*range(7), 8])
+    assert {kind for kind, *_ in events} == {"read", "hint"}
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_hints_change_nothing_that_is_read(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, batches: Callable[[Shards], Iterator[list[Any]]]
+) -> None:
+    hinted = list(batches(Shards(tiny_shards)))
+    at_a_url = list(batches(Shards(f"file://{tiny_shards}")))
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    unhinted = list(batches(Shards(tiny_shards)))
+    assert hinted == unhinted
+    assert at_a_url == unhinted
+
+
+def test_the_entries_of_a_batch_are_those_read_one_by_one_in_the_order_asked_for(tiny_shards: Path) -> None:
+    items: Any = Shards(tiny_shards).pool("train").items
+    for indices in ([5, 0, 5, -1, 17], [3], []):
+        assert items.__getitems__(indices) == [items[index] for index in indices]
+
+
+@needs_hints
+def test_a_hint_that_fails_is_no_error_and_those_after_it_are_given(tiny_shards: Path, events: list[Event]) -> None:
+    shard = tiny_shards / "candidates-00000.tar"
+    invalid = (shard.name, 0, -1)  # refused by the system
+    Place(tiny_shards).expect([("absent.tar", 0, 5), invalid, (shard.name, 512, 40)])
+    assert events[-1] == ("hint", shard.stat().st_ino, 512, 40)
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize("hints", [True, False])
+def test_a_missing_shard_is_named_with_and_without_hints(
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: Callable[[Shards], Iterator[list[Any]]],
+    hints: bool,
+) -> None:
+    folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    if not hints:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    with pytest.raises(UserInputError, match=r"shards/[a-z0-9-]+\.tar is missing; make the shards again"):
+        list(batches(Shards(folder)))
+
+
+@needs_hints
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_a_url_nothing_is_announced_and_no_local_file_is_opened(
+    tiny_shards: Path, memory: str, kind: str, events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(url(kind, tiny_shards, memory))
+
+    def refuse(*_: Any) -> int:
+        raise AssertionError("a URL is no path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        place.expect([("candidates-00000.tar", 0, 512)])
+    assert events == []
+    assert len(place.read_at("candidates-00000.tar", 0, 512)) == 512
+    assert events == []
