@@ -19,12 +19,13 @@ PIP = $(PY) -m pip install $(PIP_FLAGS) --disable-pip-version-check
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 STAMP := .venv/.installed
 TORCH_VERSION := 2.13.0
+LOWEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # A terminal gets pip's progress bars, a log file gets only what went wrong.
 PIP_FLAGS ?= $(shell test -t 2 || echo --quiet)
 TORCH_FLAGS := $(if $(TORCH_INDEX),$(shell command -v nvidia-smi >/dev/null || echo --extra-index-url $(TORCH_INDEX)))
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup demo test test-slow lint format bench lock clean
+.PHONY: help setup demo test test-slow test-lowest lint format bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +63,14 @@ test-slow: setup ## Run the slow tests: several processes, real training
 	@$(PY) -m pytest -m slow $(ARGS) || { \
 	  code=$$?; [ $$code -eq 5 ] || exit $$code; echo "No slow test was selected: nothing to run."; }
 
+# A second environment over the first: what it does not hold itself is found there.
+test-lowest: setup ## Run the tests of the encoders with the oldest release of transformers that pyproject.toml allows
+	$(PY) -m venv .venv-lowest
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > .venv-lowest/lib/$$(ls .venv-lowest/lib)/site-packages/newest.pth
+	.venv-lowest/bin/python -m pip install $(PIP_FLAGS) --disable-pip-version-check transformers==$(LOWEST)
+	.venv-lowest/bin/python -c 'import transformers; assert transformers.__version__ == "$(LOWEST)", transformers'
+	.venv-lowest/bin/python -m pytest tests/encoders tests/golden/test_mm_embed_vectors.py tests/test_module.py $(ARGS)
+
 lint: setup ## Check style, types and spelling
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -92,5 +101,5 @@ lock: | $(PY) ## Write constraints.txt anew from pyproject.toml
 	mv build/lock/constraints.txt constraints.txt
 
 clean: ## Remove .venv, builds and caches; logs/ and data/ stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
