@@ -1,15 +1,45 @@
-"""Reads the encoder's weights out of a Lightning checkpoint."""
+"""The encoder's weights in a Lightning checkpoint: frozen ones are left out and known by their fingerprints."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_mmembed.encoders.adapters import check_base, fingerprints, frozen_names, shapes, without_frozen
 from lightning_mmembed.errors import UserInputError
 
 PREFIX = "encoder."
+#: Key of the fingerprints of the frozen weights in a checkpoint.
+FROZEN = "frozen_weights"
+
+
+def drop_frozen(encoder: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Replace the frozen weights of the encoder in a checkpoint by their fingerprints."""
+    frozen = frozen_names(encoder)
+    if frozen:
+        checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], {PREFIX + name for name in frozen})
+        checkpoint[FROZEN] = fingerprints(encoder, frozen)
+
+
+def restore_frozen(encoder: nn.Module, checkpoint: dict[str, Any], source: str = "the checkpoint") -> None:
+    """Put the encoder's own weights in the place of those that a checkpoint has left out.
+
+    Args:
+        encoder: The encoder.
+        checkpoint: As it was saved after :func:`drop_frozen`, or with every weight.
+        source: Where it is from, for the message.
+
+    Raises:
+        UserInputError: If it was trained with another architecture, or left out the weights of another base.
+    """
+    state, frozen = checkpoint["state_dict"], checkpoint.get(FROZEN, {})
+    check_architecture(encoder, state, frozen, source)
+    check_base(encoder, frozen, source)
+    parameters = dict(encoder.named_parameters())
+    checkpoint["state_dict"] = state | {PREFIX + name: parameters[name].data for name in frozen}
 
 
 def load_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> None:
@@ -17,7 +47,7 @@ def load_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> None:
     encoder.load_state_dict(read_encoder_weights(encoder, ckpt_path))
 
 
-def read_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> dict[str, torch.Tensor]:
+def read_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> dict[str, Tensor]:
     """Read the weights that a :class:`RetrievalModule` was saved with; nothing in the file is executed.
 
     Args:
@@ -25,36 +55,46 @@ def read_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> dict[str,
         ckpt_path: A ``.ckpt`` file of the Trainer.
 
     Returns:
-        The weights by their names in the encoder.
+        The weights by their names in the encoder; those that were frozen in training are the encoder's own.
 
     Raises:
-        UserInputError: If there is no such file, or it was trained with another architecture.
+        UserInputError: If there is no such file, or it was trained with another architecture or on another base.
     """
     path = Path(ckpt_path)
     if not path.is_file():
         raise UserInputError(f"ckpt_path={str(ckpt_path)!r} is no file; give a .ckpt that training wrote")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Tensor] = checkpoint["state_dict"]
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... on foreign files
         raise UserInputError(f"ckpt_path={str(ckpt_path)!r} is no checkpoint of this package: {error}") from error
-    check_architecture(encoder, state, path)
+    checkpoint = {"state_dict": state, FROZEN: checkpoint.get(FROZEN, {})}
+    restore_frozen(encoder, checkpoint, f"ckpt_path={str(path)!r}")
+    state = checkpoint["state_dict"]
     return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
 
 
-def check_architecture(encoder: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def check_architecture(encoder: nn.Module, state: dict[str, Tensor], frozen: dict[str, str], source: str) -> None:
     """Compare names and shapes of the weights with those of the encoder.
+
+    Args:
+        encoder: The encoder.
+        state: Weights by name, with the prefix of the encoder.
+        frozen: Names of those that were left out, without the prefix.
+        source: Where they are from, for the message.
 
     Raises:
         UserInputError: If they differ.
     """
-    own = {PREFIX + name: tuple(value.shape) for name, value in encoder.state_dict().items()}
+    own = {PREFIX + name: shape for name, shape in shapes(encoder).items()}
     theirs = {name: tuple(value.shape) for name, value in state.items() if name.startswith(PREFIX)}
+    theirs |= {name: own.get(name, ()) for name in (PREFIX + name for name in frozen)}
     if own == theirs:
         return
     differ = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
     name = differ[0]
     raise UserInputError(
-        f"ckpt_path={str(path)!r} was trained with another architecture: {len(differ)} of {len(own)} weights differ, "
+        f"{source} was trained with another architecture: {len(differ)} of {len(own)} weights differ, "
         f"such as {name} (checkpoint {theirs.get(name)}, model {own.get(name)}); choose the model and the dataset "
         "that it was trained with"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import sys
 import warnings
@@ -69,13 +68,19 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         and no trainer.
 
     Raises:
-        UserInputError: If ``split`` is neither ``test`` nor ``val``, or the checkpoint or a run does not fit.
+        UserInputError: If ``split`` is neither ``test`` nor ``val``, the checkpoint or a run does not fit, or both are
+            given.
     """
     from lightning_mmembed.checkpoints import load_encoder_weights
 
     if cfg.split not in ("test", "val"):
         raise UserInputError(f"split={cfg.split!r} is unknown; write 'test' or 'val'")
     if cfg.run is not None:
+        if cfg.ckpt_path is not None:
+            raise UserInputError(
+                f"run={str(cfg.run)!r} is scored without a model, so ckpt_path={str(cfg.ckpt_path)!r} would not be "
+                "used; give one of the two"
+            )
         return _evaluate_run(cfg)
     objects = build(cfg)
     if cfg.ckpt_path is not None:
@@ -90,10 +95,12 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     """Score TREC runs with the metrics of the evaluation callback, and write what it would write."""
     from lightning_mmembed.callbacks import RetrievalEvaluation, RunReport
+    from lightning_mmembed.data.manifest import left_out
+    from lightning_mmembed.retrieval.results import RUN_DEPTH
     from lightning_mmembed.retrieval.runs import record
-    from lightning_mmembed.retrieval.trec import DEPTH, find_runs, read_run, score_run
+    from lightning_mmembed.retrieval.trec import find_runs, read_run, score_run
 
-    runs = {pool: read_run(*paths) for pool, paths in find_runs(cfg.run, cfg.run_pool).items()}
+    files = find_runs(cfg.run, cfg.run_pool)
     callbacks = _instantiate_all(cfg.callbacks)
     evaluation = next((c for c in callbacks if isinstance(c, RetrievalEvaluation)), None) or RetrievalEvaluation()
     apply_extras(cfg)
@@ -101,48 +108,18 @@ def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     shards, directory = datamodule.shards, Path(cfg.paths.output_dir)
-    result = score_run(runs, shards.pool(cfg.split), shards.query_sets(cfg.split), evaluation.metrics, DEPTH)
+    lost = left_out(shards.manifest, cfg.split), left_out(shards.manifest)
+    runs = {pool: read_run(*paths, left_out=lost) for pool, paths in files.items()}
+    result = score_run(runs, shards.pool(cfg.split), shards.query_sets(cfg.split), evaluation.metrics)
     # What the other system was asked with is not known here.
-    facts = {"system": next(iter(runs.values())).tag, "split": cfg.split, "instruction": "given run", "depth": DEPTH}
+    facts = {"system": next(iter(runs.values())).tag, "split": cfg.split, "instruction": "given run"}
+    facts |= {"depth": RUN_DEPTH, "shards": shards.fingerprint}
     written = record(directory, [result], facts, evaluation.compare)
     for report in (c for c in callbacks if isinstance(c, RunReport)):
         report.write(directory, written, result)
     print(f"run directory: {directory}")
     metrics = {f"{cfg.split}/{name}": value for name, value in result.named_metrics.items()}
     return metrics, {"datamodule": datamodule, "callbacks": callbacks}
-
-
-def embed(cfg: DictConfig) -> Path:
-    """Embed the pool and the queries of a split to disk, each process its own parts.
-
-    Args:
-        cfg: A configuration composed from ``conf/embed.yaml``.
-
-    Returns:
-        The folder of the vectors, to be given to an evaluation as ``callbacks.evaluation.vectors_dir``.
-    """
-    from lightning_mmembed.checkpoints import load_encoder_weights
-    from lightning_mmembed.retrieval.embed import VectorStore, encoder_fingerprint
-
-    apply_extras(cfg)
-    fabric = hydra.utils.instantiate(cfg.fabric, _convert_="all")
-    fabric.launch()
-    fabric.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
-    datamodule.prepare_data()
-    module = hydra.utils.instantiate(cfg.model, _convert_="all")
-    if cfg.ckpt_path is not None:
-        load_encoder_weights(module.encoder, cfg.ckpt_path)
-    encoder, made_by = module.encoder.to(fabric.device).eval(), encoder_fingerprint(module.encoder)
-    processes = {"rank": fabric.global_rank, "world_size": fabric.world_size, "barrier": fabric.barrier}
-    store = VectorStore(**OmegaConf.to_container(cfg.vectors, resolve=True), **processes)  # type: ignore[arg-type]
-    pool = datamodule.shards.pool(cfg.split)
-    vectors = store.embed_pool(encoder, pool, made_by)
-    for queries in datamodule.shards.query_sets(cfg.split, cfg.instruction, cfg.instruction_seed):
-        store.embed_queries(encoder, queries, made_by)
-    if fabric.is_global_zero:
-        print(f"{len(vectors):,} candidates, {vectors.dim} dimensions, {vectors.dtype}\nvectors: {store.directory}")
-    return store.directory
 
 
 def build(cfg: DictConfig) -> dict[str, Any]:
@@ -251,12 +228,6 @@ def evaluate_main(cfg: DictConfig) -> None:
     run_command(evaluate, cfg)
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="embed")
-def embed_main(cfg: DictConfig) -> None:
-    """``mmembed-embed``: see ``conf/embed.yaml``."""
-    run_command(embed, cfg)
-
-
 def shard_main() -> None:
     """``mmembed-shard``: see ``conf/shard.yaml``; ``mmembed-shard verify``: see ``conf/verify.yaml``."""
     if sys.argv[1:2] == ["verify"]:
@@ -288,23 +259,25 @@ def shard(cfg: DictConfig) -> Path:
     Raises:
         UserInputError: If the source cannot be used, or has not the published counts that it is to have.
     """
+    from lightning_mmembed.data.jobs import usable_cores
     from lightning_mmembed.data.layout import MBEIRLayout
+    from lightning_mmembed.data.manifest import read_manifest, summary
+    from lightning_mmembed.data.places import Place
     from lightning_mmembed.data.published_counts import check_source_counts, count_source_lines
     from lightning_mmembed.data.shard import shard_dataset
 
     source, out = cfg.source, cfg.out  # both are read first: one that is not given is told before any work
     if cfg.published_counts:
         check_source_counts(count_source_lines(MBEIRLayout(source)))
-    num_workers = (os.cpu_count() or 1) if cfg.num_workers is None else cfg.num_workers
     directory = shard_dataset(
         source,
         out,
         archive=cfg.archive,
         max_bad_fraction=cfg.max_bad_fraction,
         samples_per_shard=cfg.samples_per_shard,
-        num_workers=num_workers,
+        num_workers=usable_cores() if cfg.num_workers is None else cfg.num_workers,
     )
-    print(f"shards: {directory}")
+    print(f"{summary(read_manifest(Place(directory)))}\nshards: {directory}")
     return directory
 
 
@@ -326,9 +299,5 @@ def verify(cfg: DictConfig) -> None:
     verification = verify_shards(cfg.out, cfg.published)
     Console().print(counts_table(verification.counts))
     if verification.findings:
-        raise UserInputError(
-            f"the shards in {cfg.out} are not sound:\n  "
-            + "\n  ".join(str(finding) for finding in verification.findings)
-            + f"\nRemove {cfg.out}, then make them again with mmembed-shard source={verification.source} out={cfg.out}"
-        )
+        raise UserInputError(verification.report(cfg.out))
     print(f"the shards in {cfg.out} are sound")

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sqlite3
 import tempfile
@@ -19,6 +20,8 @@ from filelock import FileLock
 from lightning_mmembed.errors import UserInputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: SQLite tells of a quota, or of a file that may not grow, in the second way.
+_SQLITE_FULL = ("database or disk is full", "disk I/O error")
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
@@ -41,7 +44,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary file name beside ``path``; on success it replaces ``path``, on failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random, not the process's number: on a disk that machines share, two processes may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -68,6 +72,20 @@ def building_directory(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """Give a temporary directory that becomes ``directory`` when all is written.
+
+    Raises:
+        UserInputError: If ``directory`` holds something, or is a file.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserInputError(f"directory={str(directory)!r} is in use; give a new or an empty one")
+    with building_directory(directory) as building:
+        yield building
+
+
+@contextlib.contextmanager
 def resumable(path: str | Path) -> Iterator[None]:
     """Turn a full disk into an error that says how to go on; for work that keeps what it has finished.
 
@@ -77,7 +95,7 @@ def resumable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        full = "full" in str(error) if isinstance(error, sqlite3.Error) else error.errno in _FULL
+        full = str(error) in _SQLITE_FULL if isinstance(error, sqlite3.Error) else error.errno in _FULL
         if not full:
             raise
         raise UserInputError(

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from lightning_mmembed.checkpoints import drop_frozen, restore_frozen
 from lightning_mmembed.data.batches import TrainingBatch
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.processor import EncoderInputs
@@ -86,6 +87,14 @@ class RetrievalModule(LightningModule):
         mask = labelled_positive_mask(batch.positives, candidate_ids, positive_index)
         loss = self.loss(queries, candidates, positive_index, mask)
         return loss, in_batch_accuracy(queries, candidates, positive_index, mask)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out of the checkpoint."""
+        drop_frozen(self.encoder, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make sure that the weights that a checkpoint left out are those of this encoder."""
+        restore_frozen(self.encoder, checkpoint)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and the scheduler."""

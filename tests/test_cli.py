@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
-from worlds import ARCHITECTURE
+from worlds import ARCHITECTURE, write_pets
 
 from lightning_mmembed.cli import evaluate, shard, train
 from lightning_mmembed.data import Shards
@@ -151,8 +152,25 @@ def test_sharding_writes_where_it_is_told(
 ) -> None:
     out = shard(composed("shard", f"source={tiny_source}", f"out={tmp_path / 'shards'}"))
     assert out == tmp_path / "shards"
-    assert f"shards: {out}" in capsys.readouterr().out.replace("\n", "")
+    *_, held, where = capsys.readouterr().out.splitlines()
+    assert held == "72 candidates; queries: 48 train, 24 val, 24 test; 0 records left out"
+    assert where == f"shards: {out}"
     assert len(Shards(out).pool("train")) == 48
+
+
+def test_sharding_again_says_that_the_shards_are_there_and_what_they_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = write_pets(tmp_path / "source"), tmp_path / "shards"
+    (source / "mbeir_images/pets_images/50.jpg").unlink()
+    settings = composed("shard", f"source={source}", f"out={out}", "max_bad_fraction=0.5", "num_workers=0")
+    caplog.set_level(logging.INFO)
+    for messages in ([], [f"{out} was already made from this source"]):
+        shard(settings)
+        assert caplog.messages == messages
+        held = capsys.readouterr().out.splitlines()[-2]
+        assert "; 5 records left out (77:1050: picture mbeir_images/pets_images/50.jpg is missing; " in held
+        assert held.endswith("; and more: see bad_records in manifest.json)")
 
 
 def test_nothing_is_written_outside_the_folders_that_are_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from test_cli import composed, tiny
+from worlds import write_pets
 
 from lightning_mmembed.cli import evaluate, user_error
+from lightning_mmembed.cli_files import embed
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.retrieval.search import SearchSettings
 
 TASKS = ["pets_task0", "pets_task1", "pets_task3", "pets_task7"]
 
@@ -73,7 +77,7 @@ def test_a_run_is_compared_with_an_evaluation(
     evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     score(evaluated, tmp_path / "again", f"run={evaluated / 'run/runs'}", f"compare=[{evaluated / 'run'}]")
-    assert "union: run, against again" in capsys.readouterr().out
+    assert "union: run (mmembed), against again (mmembed)" in capsys.readouterr().out
     assert 'id="comparison"' in (tmp_path / "again" / "report.html").read_text()
 
 
@@ -82,6 +86,7 @@ def test_a_run_is_compared_with_an_evaluation(
     [
         ("run=absent.run", "run='absent.run' is neither a file, nor a pattern"),
         ("run_pool=global", "run_pool='global' is unknown; write one of union, local"),
+        ("ckpt_path=absent.ckpt", "is scored without a model, so ckpt_path='absent.ckpt' would not be used"),
         ("compare=[absent]", "compare='absent': absent/metrics.json is missing"),
     ],
 )
@@ -95,6 +100,63 @@ def test_what_cannot_be_scored_is_told_before_anything_is_made(
     assert told is not None
     assert message in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_a_system_that_had_what_the_shards_left_out_is_scored_without_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_pets(tmp_path / "source")
+    (source / "mbeir_images/pets_images/50.jpg").write_bytes(b"")  # of candidate 77:1050 and of query 77:350
+    path = tmp_path / "bm25.run"
+    lines = ["77:51 Q0 77:1050 1 0.9 x", "77:51 Q0 77:1051 2 0.8 x", "77:350 Q0 77:2050 1 0.5 x"]
+    path.write_text("\n".join(lines))
+    overrides = [*tiny(tmp_path, source), "data.max_bad_fraction=0.1", f"run={path}"]
+    with caplog.at_level("WARNING"):
+        metrics, _ = evaluate(composed("evaluate", *overrides))
+    assert "2 lines of the run x name a record that the shards left out; they are dropped" in caplog.messages
+    assert metrics["test/union/pets_task0/mrr@10"] == pytest.approx(1 / 6)  # the only line that is left ranks first
+    path.write_text("\n".join([*lines, "77:51 Q0 77:9 3 0.1 x"]))
+    with pytest.raises(UserInputError, match=r"bm25\.run:4: did='77:9' is not in the test pool"):
+        evaluate(composed("evaluate", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        ("all", "instruction='all' is no single prompt; write a place from 0, or random"),
+        ("0.5", "instruction=0.5 is no single prompt"),
+        ("3", "instruction=3: pets_task0 has 3 prompts; write a place from 0 to 2"),
+    ],
+)
+def test_a_prompt_that_cannot_be_embedded_is_told_before_the_model_is_made(
+    tiny_source: Path, tmp_path: Path, instruction: str, message: str
+) -> None:
+    data = ["data=mbeir", "dataset=pets", f"data.source={tiny_source}", f"paths.root_dir={tmp_path}"]
+    with pytest.raises(UserInputError, match=message):
+        embed(composed("embed", *data, f"instruction={instruction}", "model.encoder=null"))
+    assert not list(tmp_path.rglob("vectors"))
+
+
+def test_a_run_directory_is_scored_as_its_runs_are(evaluated: Path, tmp_path: Path) -> None:
+    for run in (evaluated / "run", evaluated / "run" / "runs"):
+        _, content, _ = score(evaluated, tmp_path / "out", f"run={run}")
+        assert content["union"] == json.loads((evaluated / "run" / "metrics.json").read_text())["union"]
+
+
+def test_a_run_is_not_compared_with_an_evaluation_of_another_split(evaluated: Path, tmp_path: Path) -> None:
+    val = evaluated / "val"
+    evaluate(composed("evaluate", *tiny(evaluated), f"paths.output_dir={val}", "split=val"))
+    with pytest.raises(UserInputError, match="its split is 'val', here it is 'test'"):
+        score(evaluated, tmp_path / "out", f"run={evaluated / 'run/runs'}", f"compare=[{val}]")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert "val split" in (val / "report.html").read_text()
+
+
+@pytest.mark.parametrize("entry", ["train", "evaluate"])
+def test_every_setting_of_the_search_can_be_set_and_has_its_default(entry: str) -> None:
+    cfg = composed(entry, "callbacks.evaluation.search.pool_block=7")
+    settings = {name: value for name, value in cfg.callbacks.evaluation.search.items() if name != "_target_"}
+    assert settings == dataclasses.asdict(SearchSettings(pool_block=7))
 
 
 def test_a_query_that_the_split_does_not_have_is_told_by_file_and_line(evaluated: Path, tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from lightning_mmembed.callbacks.access import datamodule_of, output_directory, 
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.items import TASK_MODALITIES, decode_id
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
-from lightning_mmembed.retrieval.evaluate import RUN_DEPTH, evaluate_retrieval
-from lightning_mmembed.retrieval.per_query import read_measured
+from lightning_mmembed.retrieval.evaluate import evaluate_retrieval
+from lightning_mmembed.retrieval.per_query import labels_of, read_measured, refuse_other_data
 from lightning_mmembed.retrieval.pool import QuerySet
-from lightning_mmembed.retrieval.results import RetrievalResult, average_prompts
+from lightning_mmembed.retrieval.results import RUN_DEPTH, RetrievalResult, average_prompts
 from lightning_mmembed.retrieval.runs import Record, record
 from lightning_mmembed.retrieval.search import SearchSettings
 
@@ -43,10 +42,12 @@ class RetrievalEvaluation(Callback):
         vectors_dir: Where vectors are kept; by default in ``vectors`` beside the other files, without those of
             earlier weights. A folder that is given may be shared: nothing in it is deleted.
         compare: Run directories of other evaluations of the same queries, to compare with.
+        checkpoint: Where the weights come from, for the protocol; one that the Trainer loads is known without.
         dirpath: Where files are written; by default the Trainer's ``default_root_dir``.
 
     Raises:
-        UserInputError: If ``instruction`` is unknown or a run to compare with is missing.
+        UserInputError: If ``instruction`` is unknown, a metric is deeper than the rankings (50), or a run to compare
+            with is missing.
         ValueError: If a metric is unknown.
     """
 
@@ -62,18 +63,20 @@ class RetrievalEvaluation(Callback):
         search: SearchSettings | Mapping[str, Any] | None = None,
         vectors_dir: str | Path | None = None,
         compare: Sequence[str | Path] = (),
+        checkpoint: str | Path | None = None,
         dirpath: str | Path | None = None,
     ) -> None:
         for name in metrics:
-            parse_metric(name)
-        if isinstance(instruction, str) and instruction not in ("all", "random"):
+            if parse_metric(name)[1] > RUN_DEPTH:
+                raise UserInputError(f"metrics: {name!r} is deeper than the rankings; write {RUN_DEPTH} or less")
+        if instruction not in ("all", "random") and (not isinstance(instruction, int) or instruction < 0):
             raise UserInputError(f"instruction={instruction!r} is unknown; write a place from 0, 'all' or 'random'")
         for path in compare:
             read_measured(path)  # a wrong path is told before the work, not after it
         self.metrics, self.before_fit, self.dirpath = tuple(metrics), before_fit, dirpath
         self.instruction, self.instruction_seed, self.compare = instruction, instruction_seed, tuple(compare)
         self.search = search if isinstance(search, SearchSettings) else SearchSettings(**(search or {}))
-        self.vectors_dir = vectors_dir
+        self.vectors_dir, self.checkpoint = vectors_dir, checkpoint
         self._store = {"batch_size": batch_size, "num_workers": num_workers, "dtype": dtype}
         #: One entry for each evaluation: step, split, metrics and modality matrix.
         self.evaluations: list[dict[str, Any]] = []
@@ -89,6 +92,19 @@ class RetrievalEvaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the evaluations that the checkpoint knew."""
         self.evaluations = list(state_dict["evaluations"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse prompts that a query of the split does not have, and runs of other data, before any work."""
+        split = "test" if stage == "test" else "val"
+        shards = datamodule_of(trainer).shards
+        query_sets = self._query_sets(shards, split)[0]
+        if self.compare and stage != "fit":  # a fit writes no figures, and so compares none
+            pool = shards.pool(split)
+            labels = {queries.task.name: labels_of(queries) for queries in query_sets}
+            local = {task: row for task, row in labels.items() if task in pool.local}
+            protocol = {"split": split, "candidates": len(pool), "shards": shards.fingerprint}
+            for path in self.compare:
+                refuse_other_data(protocol, {"union": labels, "local": local}, read_measured(path))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate before training."""
@@ -140,9 +156,7 @@ class RetrievalEvaluation(Callback):
             return [shards.query_sets(split, "random", self.instruction_seed)]
         if self.instruction != "all":
             return [shards.query_sets(split, int(self.instruction))]
-        first = shards.query_sets(split, 0)
-        fewest = min(_prompt_count(shards, queries) for queries in first)
-        return [first, *(shards.query_sets(split, index) for index in range(1, fewest))]
+        return [shards.query_sets(split, index) for index in range(max(1, shards.prompt_count(split)))]
 
     def _log(self, pl_module: LightningModule, split: str) -> None:
         assert self.result is not None
@@ -159,11 +173,9 @@ class RetrievalEvaluation(Callback):
         elif self.instruction == "all":
             prompts = f"mean of prompts 0 to {len(results) - 1}"
         facts = {"system": "mmembed", "split": split, "instruction": prompts, "depth": RUN_DEPTH}
-        search = {"search_backend": self.search.backend}
-        self.record = record(output_directory(trainer, self.dirpath), results, facts | search, self.compare)
-
-
-def _prompt_count(shards: Shards, queries: QuerySet) -> int:
-    """How many prompts the queries of a task have."""
-    asked = TASK_MODALITIES[queries.task.task_id][0]
-    return len(shards.instructions.choices(decode_id(int(queries.ids[0])), asked, queries.task))
+        facts["shards"] = datamodule_of(trainer).shards.fingerprint
+        checkpoint = trainer.ckpt_path or self.checkpoint
+        if checkpoint is not None:
+            facts["checkpoint"] = str(checkpoint)
+        facts["search_backend"] = self.search.backend
+        self.record = record(output_directory(trainer, self.dirpath), results, facts, self.compare)

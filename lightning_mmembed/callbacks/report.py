@@ -81,7 +81,8 @@ class RunReport(Callback):
         assert evaluation.result is not None
         mining = _find(trainer, HardNegativeMining)
         minings = mining.versions if mining else []
-        during_fit = [e for e in evaluation.evaluations if e["split"] == "val"]
+        # A Trainer that made no step does not know how far the weights are trained that it evaluates.
+        during_fit = [e for e in evaluation.evaluations if e["split"] == "val" and trainer.global_step]
         self.write(
             output_directory(trainer, self.dirpath),
             evaluation.record,
@@ -105,14 +106,17 @@ class RunReport(Callback):
             record: What was written of the evaluation.
             result: The evaluation, for the gallery.
             history: Curves; see :func:`~lightning_mmembed.retrieval.report.write_report`.
-            stages: Measurements while training; likewise.
+            stages: Measurements while training; likewise. Without them the evaluation itself is the only one.
         """
+        evaluated = f"{record.metrics['protocol']['split']} split"
+        if "prompts" in record.metrics:
+            evaluated += ", first prompt"
         path = write_report(
             directory / "report.html",
             title=self.title,
             metrics=record.metrics,
             history=history,
-            stages=stages,
+            stages=stages or [Stage(evaluated, record.metrics, result.modality_matrix)],
             gallery=gallery(result, self.queries_per_task),
             comparison=self._comparison(record),
             facts={**self.facts, "union pool": f"{len(result.pool):,} candidates"},

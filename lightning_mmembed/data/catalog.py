@@ -86,16 +86,17 @@ class Catalog:
         if self.is_done("settled"):
             return
         broken = "picture IN (SELECT number FROM pictures WHERE problem IS NOT NULL)"
-        reason = "'picture ' || p.path || ' ' || p.problem FROM {} t JOIN pictures p ON p.number = t.picture"
+        named = {"candidates": "name(t.id)", "queries": "t.split || ' ' || name(t.id)"}
         with self._transaction("settled"):
             self.db.create_function("name", 1, decode_id)
-            for table in ("candidates", "queries"):
+            for table, record in named.items():
                 self.db.execute(
-                    f"INSERT OR IGNORE INTO bad (record, reason) SELECT name(t.id), {reason.format(table)} "
-                    f"WHERE p.problem IS NOT NULL ORDER BY t.rowid"
+                    f"INSERT OR IGNORE INTO bad (record, reason) SELECT {record}, 'picture ' || p.path || ' ' || "
+                    f"p.problem FROM {table} t JOIN pictures p ON p.number = t.picture WHERE p.problem IS NOT NULL "
+                    "ORDER BY t.rowid"
                 )
             self.db.execute(f"DELETE FROM members WHERE id IN (SELECT id FROM candidates WHERE {broken})")
-            for table in ("candidates", "queries"):
+            for table in named:
                 self.db.execute(f"DELETE FROM {table} WHERE {broken}")
             for split in SPLITS:
                 self._settle_split(split)
@@ -164,7 +165,8 @@ class Catalog:
         try:
             yield
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # a full disk has ended it
+                self.db.execute("ROLLBACK")
             raise
         self.finish(step)
         self.db.execute("COMMIT")
@@ -200,7 +202,8 @@ class Catalog:
             if isinstance(record, BadRecord):
                 self._leave_out(record.where, record.reason)
                 continue
-            positives = judged.get(record.task.name, {}).get(record.qid, record.positives)
+            of_task, of_dataset = judged.get(record.task.name, {}), judged.get(dataset, {})
+            positives = of_task.get(record.qid) or of_dataset.get(record.qid, record.positives)
             if not self._add_query(record, split, positives, weight):
                 self._leave_out(f"{path}: {record.qid}", "stands elsewhere with other content")
 

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 from lightning_mmembed.data.batches import BATCH_MIXES, EpochPlan, TrainingBatch, TrainingBatches
 from lightning_mmembed.data.layout import TRAIN_POOL
+from lightning_mmembed.data.manifest import hold_the_records_of
 from lightning_mmembed.data.negatives import MinedNegatives
+from lightning_mmembed.data.places import is_url
 from lightning_mmembed.data.sampling import check_rule, source_targets, task_targets
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
@@ -27,7 +29,7 @@ class MBEIRDataModule(LightningDataModule):
     drawn before. The prompts are written by the processor of the encoder that the Trainer fits.
 
     Args:
-        shards: Folder of the shards; made from ``source`` if they are absent or stale.
+        shards: Folder of the shards; made from ``source`` if they are absent or stale. Without a source, a URL too.
         source: Folder in M-BEIR's layout; None if the shards are all there is.
         batch_size: Queries in a batch, per process.
         batch_mix: ``"mixed"`` draws a batch from all tasks; ``"one-task"`` from one task at a time, which brings the
@@ -42,7 +44,7 @@ class MBEIRDataModule(LightningDataModule):
         negatives: A file of mined negatives to start with.
         num_workers: Processes that read and prepare batches.
         seed: Seed of the order, the instructions, the positives and the negatives.
-        max_bad_fraction: Share of the records that may be left out because they cannot be used.
+        max_bad_fraction: Share of the records that may be left out because they cannot be used, where shards are made.
     """
 
     def __init__(
@@ -63,6 +65,11 @@ class MBEIRDataModule(LightningDataModule):
         if batch_mix not in BATCH_MIXES:
             raise UserInputError(f"batch_mix={batch_mix!r} is unknown; write one of {', '.join(BATCH_MIXES)}")
         check_rule(upsample, temperature)
+        if source is not None and is_url(shards):
+            raise UserInputError(
+                f"data.shards={str(shards)!r} is a URL, where no shards are made of data.source={str(source)!r}: write "
+                "to a folder, copy it there, then read it with data.source=null"
+            )
         self.shards_dir, self.source = shards, source
         self.batch_size, self.batch_mix, self.num_workers, self.seed = batch_size, batch_mix, num_workers, seed
         self.upsample, self.temperature = upsample, temperature
@@ -71,8 +78,8 @@ class MBEIRDataModule(LightningDataModule):
         self._shards: Shards | None = None
 
     def prepare_data(self) -> None:
-        """Make the shards."""
-        if self.source is not None:
+        """Make the shards, unless some of the source's records stand there, made with whatever settings."""
+        if self.source is not None and not hold_the_records_of(self.shards_dir, self.source):
             shard_dataset(self.source, self.shards_dir, max_bad_fraction=self.max_bad_fraction)
 
     @property

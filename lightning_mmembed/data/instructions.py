@@ -34,16 +34,15 @@ class Instructions:
         return self._prompts[key]
 
     def fixed(self, qid: str, query_modality: Modality, task: Task, index: int = 0) -> str:
-        """The prompt at a fixed place, for evaluation.
+        """The prompt at a fixed place, from 0, for evaluation.
 
         Raises:
             UserInputError: If there are fewer prompts, or none.
         """
         choices = self.choices(qid, query_modality, task)
         if not 0 <= index < len(choices):
-            raise UserInputError(
-                f"instruction_index={index}: {task.name} has {len(choices)} prompts; choose a lower one"
-            )
+            places = f"{len(choices)} prompts; write a place from 0 to {len(choices) - 1}"
+            raise UserInputError(f"instruction={index}: {task.name} has {places}")
         return choices[index]
 
     def draw(self, qid: str, query_modality: Modality, task: Task, seed: int, epoch: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -16,8 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_mmembed.data.pictures import picture_problem
 from lightning_mmembed.data.tars import IndexedTar
-from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.files import replacing, resumable
+from lightning_mmembed.files import replacing
 from lightning_mmembed.items import Modality, decode_id
 
 INDEX_SCHEMA = pa.schema(
@@ -73,9 +73,8 @@ class ShardJobs(Dataset[Any]):
 
     def __getitem__(self, job: PictureJob | RecordJob) -> Any:
         try:
-            with resumable(self.directory):
-                return self._write_pictures(job) if isinstance(job, PictureJob) else self._write_records(job)
-        except UserInputError as error:  # returned: a DataLoader would bury the message in a traceback
+            return self._write_pictures(job) if isinstance(job, PictureJob) else self._write_records(job)
+        except (OSError, sqlite3.OperationalError) as error:  # returned: of one that a worker raises a text is left
             return error
 
     def _write_pictures(self, job: PictureJob) -> list[tuple[int, int | None, int | None, str | None, int]]:
@@ -149,17 +148,34 @@ def _query_sample(
     return row, content
 
 
+def usable_cores() -> int:
+    """Processes that a conversion uses unless told: a core each, of those that this process may use; at most 8.
+
+    One process unpacks an archive and reads the records, which more than that do not wait for.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
 def run_jobs(jobs: ShardJobs, todo: Iterable[PictureJob | RecordJob], num_workers: int) -> Iterator[Any]:
     """Do jobs in this process or in others, a few ahead; their outcomes come in order.
 
     Workers of a DataLoader end when this process does, however it ends.
 
     Raises:
-        UserInputError: The first that a job returned.
+        OSError: The first that a job returned.
+        sqlite3.OperationalError: Likewise.
     """
-    loader: DataLoader[Any] = DataLoader(jobs, batch_size=None, sampler=todo, num_workers=num_workers, collate_fn=_same)
+    loader: DataLoader[Any] = DataLoader(
+        jobs,
+        batch_size=None,
+        sampler=todo,
+        num_workers=num_workers,
+        collate_fn=_same,
+        prefetch_factor=1 if num_workers else None,  # a job brings the pictures of an archive with it, in memory
+    )
     for outcome in loader:
-        if isinstance(outcome, UserInputError):
+        if isinstance(outcome, Exception):
             raise outcome
         yield outcome
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.items import Modality, Task, encode_id
+from lightning_mmembed.items import Modality, Task, dataset_number, encode_id
 
 SPLITS = ("train", "val", "test")
 
@@ -95,8 +95,17 @@ class MBEIRLayout:
                 raise UserInputError(f"{self.source / part} is missing; M-BEIR's layout needs it")
 
     def query_files(self, split: str) -> list[Path]:
-        """The query files of a split, by name."""
-        return sorted((self.source / "query" / split).glob(f"mbeir_*_{split}.jsonl"))
+        """The query files of a split, by name.
+
+        Raises:
+            UserInputError: If a file of queries there has another name: it would not be read.
+        """
+        paths = sorted((self.source / "query" / split).glob("[!.]*.jsonl"))
+        for path in paths:
+            if not re.fullmatch(rf"mbeir_.+_{split}\.jsonl", path.name):
+                expected = f"mbeir_<dataset>[_task<n>]_{split}.jsonl"
+                raise UserInputError(f"{path} is no name of a query file; write {expected}, or move it away")
+        return paths
 
     def upsampled_files(self) -> list[Path]:
         """Files of training queries in which a query stands as often as it is to be trained on."""
@@ -132,13 +141,13 @@ class MBEIRLayout:
             dataset = dataset_of(path)
             return _records(path, lambda record: _query(record, dataset))
         names = self.dataset_names()  # a file of several datasets
-        return _records(path, lambda record: _query(record, names[record["qid"].partition(":")[0]]))
+        return _records(path, lambda record: _query(record, _dataset_of_qid(record["qid"], names)))
 
-    def dataset_names(self) -> dict[str, str]:
+    def dataset_names(self) -> dict[int, str]:
         """Names of the datasets by id, in lower case, as the instruction file has them."""
         with open(self.instructions_file, encoding="utf-8") as file:
             rows = [line.split("\t") for line in file][1:]
-        return {row[3].strip(): row[2].strip().lower() for row in rows if len(row) > 3}
+        return {int(row[3]): row[2].strip().lower() for row in rows if len(row) > 3 and row[3].strip().isdigit()}
 
     def qrels(self, split: str, dataset: str = "*") -> dict[str, dict[str, tuple[str, ...]]]:
         """Positives of each qid by task name, from the qrels files of four or five columns; empty without files.
@@ -148,19 +157,24 @@ class MBEIRLayout:
             dataset: Read the files of this dataset only.
 
         Raises:
-            UserInputError: If a line has fewer than four columns or a relevance that is no number.
+            UserInputError: If a line has fewer than four columns, a malformed id or a relevance that is no number.
         """
         judged: dict[str, dict[str, list[str]]] = {}
         folder = self.source / "qrels" / split
         names = (f"mbeir_{dataset}_{split}_qrels.txt", f"mbeir_{dataset}_task[0-9]*_{split}_qrels.txt")
         for path in sorted({path for name in names for path in folder.glob(name)}):
             name = path.name.removeprefix("mbeir_").removesuffix(f"_{split}_qrels.txt")
-            for number, line in enumerate(path.read_text().split("\n"), 1):
+            for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
                 columns = line.split()
                 if not columns:
                     continue
                 if len(columns) < 4 or not columns[3].lstrip("-").isdigit():
                     raise UserInputError(f"{path}:{number}: {line!r} is no qrels line; write 'qid 0 did 1 [task id]'")
+                try:
+                    for identifier in (columns[0], columns[2]):
+                        encode_id(identifier)
+                except UserInputError as error:
+                    raise UserInputError(f"{path}:{number}: {error}") from None
                 task = name if "_task" in name or len(columns) < 5 else f"{name}_task{columns[4]}"
                 if int(columns[3]) > 0:
                     judged.setdefault(task, {}).setdefault(columns[0], []).append(columns[2])
@@ -231,7 +245,7 @@ def _records(path: Path, build: Any) -> Iterator[Any]:
                 yield BadRecord(f"{path}:{number}", f"not JSON ({error.msg})")
             except UnicodeDecodeError as error:
                 yield BadRecord(f"{path}:{number}", f"not UTF-8 ({error.reason})")
-            except (UserInputError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
                 yield BadRecord(f"{path}:{number}", reason)
 
@@ -245,6 +259,8 @@ def _candidate(record: dict[str, Any]) -> CandidateRecord:
 
 def _query(record: dict[str, Any], dataset: str) -> QueryRecord:
     encode_id(record["qid"])
+    if type(record["task_id"]) is not int:  # true and 3.0 would pass for 1 and 3
+        raise UserInputError(f"task_id={record['task_id']!r} of dataset {dataset!r} is no integer; use 0 to 8")
     modality, image = Modality.parse(record["query_modality"]), _text(record, "query_img_path")
     _check_image(modality, image, "query_img_path")
     positives = tuple(record.get("pos_cand_list") or ())
@@ -261,10 +277,21 @@ def _query(record: dict[str, Any], dataset: str) -> QueryRecord:
     )
 
 
+def _dataset_of_qid(qid: Any, names: dict[int, str]) -> str:
+    number = dataset_number(encode_id(qid))
+    if number not in names:
+        raise UserInputError(f"qid={qid!r}: the instruction file has no line with dataset_id={number}; add one")
+    return names[number]
+
+
 def _text(record: dict[str, Any], key: str) -> str | None:
     value = record.get(key)
     if value is not None and not isinstance(value, str):
         raise UserInputError(f"{key}={value!r} is no text; write a string or null")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise UserInputError(f"{key}={value!r} holds half a character (a lone surrogate); write all of it") from None
     return value
 
 

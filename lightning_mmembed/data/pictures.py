@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import logging
 import re
 import tarfile
 import zlib
@@ -16,6 +17,11 @@ from PIL import Image, UnidentifiedImageError
 from lightning_mmembed.data.layout import MBEIRLayout
 from lightning_mmembed.errors import UserInputError
 
+log = logging.getLogger(__name__)
+
+#: The number of a part, as M-BEIR names them.
+_PART = re.compile(r"\.part-(\d+)$")
+
 #: A picture's path in the source, and its bytes; None where it is missing.
 Picture = tuple[str, bytes | None]
 
@@ -23,27 +29,50 @@ Picture = tuple[str, bytes | None]
 def archive_parts(layout: MBEIRLayout, archive: str | None) -> list[Path]:
     """The parts of the picture archive in order; none if pictures are read from the folder.
 
+    Parts that all end in ``.part-<number>`` go by their numbers, others by their names. Of an archive that lies beside
+    its own parts, the larger of the two is read.
+
     Args:
         layout: The source.
-        archive: The archive, or a pattern of its parts; by default ``mbeir_images.tar.gz*`` in the source where the
-            folder ``mbeir_images`` is absent.
+        archive: The archive, or a pattern of its parts; by default :func:`archive_beside` where the folder
+            ``mbeir_images`` is absent.
 
     Raises:
         UserInputError: If there is no such file, or a part is missing.
     """
     if archive is None:
-        extracted = (layout.source / "mbeir_images").is_dir()
-        parts = [] if extracted else sorted(layout.source.glob("mbeir_images.tar.gz*"))
+        parts = [] if (layout.source / "mbeir_images").is_dir() else archive_beside(layout)
     else:
         parts = sorted(Path(name) for name in glob.glob(archive))
         if not parts:
             raise UserInputError(f"archive={archive!r} matches no file; give the archive or a pattern of its parts")
-    numbers = [int(match[1]) for part in parts if (match := re.search(r"\.part-(\d+)$", part.name))]
+    parts = _one_of(parts)
+    numbers = [int(match[1]) for part in parts if (match := _PART.search(part.name))]
+    if len(numbers) == len(parts):  # part-100 comes after part-99
+        parts = [part for _, part in sorted(zip(numbers, parts, strict=True))]
     missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
     if missing:
         names = ", ".join(f"part-{number:02d}" for number in missing)
         raise UserInputError(f"{parts[0].parent}: {names} of the archive is missing; fetch it, then run this again")
     return parts
+
+
+def archive_beside(layout: MBEIRLayout) -> list[Path]:
+    """The picture archive in a source, whole or as parts, under the names that M-BEIR gives them."""
+    name = re.compile(r"mbeir_images\.tar\.gz(\.part-[0-9a-z]+)?")
+    return sorted(path for path in layout.source.glob("mbeir_images.tar.gz*") if name.fullmatch(path.name))
+
+
+def _one_of(paths: list[Path]) -> list[Path]:
+    """The archive or its parts, whichever is larger, where both are there: one after the other would be read twice."""
+    for whole in paths:
+        parts = [path for path in paths if path.name.startswith(f"{whole.name}.part-")]
+        if parts:
+            sizes = [sum(path.stat().st_size for path in some) for some in ([whole], parts)]
+            chosen, other = ([whole], parts) if sizes[0] >= sizes[1] else (parts, [whole])
+            log.warning("%s is read and not %s, which holds the same", chosen[0], other[0])
+            return chosen
+    return paths
 
 
 def stream_archive(parts: list[Path]) -> Iterator[tuple[str, bytes]]:

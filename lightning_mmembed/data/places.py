@@ -6,12 +6,26 @@ import io
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 
 from lightning_mmembed.errors import UserInputError
+
+#: Files of a folder that are kept open: M-BEIR has about 3,000 shards, and a process may often open 1,024.
+MAX_OPEN_FILES = 128
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether a location is a URL and not a path.
+
+    Example:
+        >>> is_url("s3://bucket/shards"), is_url("data/shards")
+        (True, False)
+    """
+    return isinstance(location, str) and ("://" in location or "::" in location)
 
 
 class Place:
@@ -26,15 +40,12 @@ class Place:
 
     def __init__(self, location: str | Path) -> None:
         self.location = location
-        self._is_url = isinstance(location, str) and ("://" in location or "::" in location)
-        self._files: dict[str, int] = {}
+        self._is_url = is_url(location)
+        # The files read last. One that another thread reads is closed when that thread lets go of it, and not before.
+        self._opened = lru_cache(MAX_OPEN_FILES)(partial(_open_file, Path(location)))
         self._filesystem: tuple[int, Any, str] | None = None
         if self._is_url:
             self._remote()
-
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, or None if there is none."""
@@ -90,7 +101,8 @@ class Place:
             return
         for name, offset, size in ranges:
             with suppress(OSError):  # such as a missing file: it is named when it is read
-                os.posix_fadvise(self._descriptor(name), offset, size, os.POSIX_FADV_WILLNEED)
+                file = self._opened(name)
+                os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _missing(self, name: str) -> UserInputError:
         return UserInputError(f"{self.location}/{name} is missing; make the shards again")
@@ -101,12 +113,8 @@ class Place:
             data: bytes = filesystem.cat_file(f"{root}/{name}", start=offset, end=offset + size)
             return data
         # At an offset: no position to share among threads and forked workers, and no more is read than asked for.
-        return os.pread(self._descriptor(name), size, offset)
-
-    def _descriptor(self, name: str) -> int:
-        if name not in self._files:
-            self._files[name] = os.open(Path(self.location) / name, os.O_RDONLY)
-        return self._files[name]
+        file = self._opened(name)
+        return os.pread(file.descriptor, size, offset)
 
     def _remote(self) -> tuple[Any, str]:
         """The filesystem of a URL, another one in each process: they do not outlive a fork."""
@@ -117,3 +125,17 @@ class Place:
                 raise UserInputError(f"shards={str(self.location)!r} cannot be read: {error}") from error
             self._filesystem = (os.getpid(), filesystem, root)
         return self._filesystem[1:]
+
+
+class _OpenFile:
+    """A file that is open for as long as something refers to it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def _open_file(folder: Path, name: str) -> _OpenFile:
+    return _OpenFile(os.open(folder / name, os.O_RDONLY))

@@ -16,25 +16,35 @@ was killed goes on at the first missing shard.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
 from lightning_mmembed.data.catalog import Catalog
+from lightning_mmembed.data.instructions import Instructions
 from lightning_mmembed.data.jobs import INDEX_SCHEMA, PictureJob, RecordJob, ShardJobs, run_jobs
-from lightning_mmembed.data.layout import SPLITS, MBEIRLayout
-from lightning_mmembed.data.pictures import archive_parts, stream_archive
-from lightning_mmembed.data.places import Place
+from lightning_mmembed.data.layout import SPLITS, MBEIRLayout, read_instructions
+from lightning_mmembed.data.manifest import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    INSTRUCTIONS_FILE,
+    MANIFEST_FILE,
+    finished_manifest,
+    has_mended_pictures,
+    source_fingerprint,
+)
+from lightning_mmembed.data.pictures import archive_beside, archive_parts, stream_archive
+from lightning_mmembed.data.places import is_url
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import file_sha256, fingerprint, locked, replacing, resumable, write_atomically
+from lightning_mmembed.items import Modality, Task, dataset_number, decode_id
 from lightning_mmembed.progress import progress_bar
 
-FORMAT_VERSION = 2
-INDEX_FILE, MANIFEST_FILE, INSTRUCTIONS_FILE = "index.parquet", "manifest.json", "instructions.tsv"
+log = logging.getLogger(__name__)
 
 #: Pictures in a shard, and bytes after which one that is filled from an archive is closed: it is held in memory.
 PICTURES_PER_SHARD, PICTURE_BYTES_PER_SHARD = 2000, 64 << 20
@@ -56,7 +66,8 @@ def shard_dataset(
         source: Folder in M-BEIR's layout.
         out: Folder of the shards; stale shards there are replaced, anything else is left alone.
         archive: The picture archive, or a pattern of its parts, read as one stream without extracting it; by default
-            the source's folder ``mbeir_images``, and where that is absent ``mbeir_images.tar.gz*`` in the source.
+            the source's folder ``mbeir_images``, and where that is absent ``mbeir_images.tar.gz`` or its parts in the
+            source.
         max_bad_fraction: Share of the records that may be left out because they cannot be used.
         samples_per_shard: Records in a tar file.
         num_workers: Processes that check pictures and write shards; 0 for none beside this one.
@@ -70,61 +81,32 @@ def shard_dataset(
             are bad, or the disk is full. What was finished is kept for the next run over the same source; a part of
             the archive that was fetched anew makes it another source.
     """
+    if is_url(out):
+        raise UserInputError(
+            f"out={str(out)!r} is a URL: write to a folder, copy it there, then read it with data.source=null"
+        )
     layout, out = MBEIRLayout(source), Path(out)
+    with open(layout.instructions_file, "rb") as file:
+        prompts = Instructions(read_instructions(file))
     parts = archive_parts(layout, archive)
-    content = source_fingerprint(layout, parts, samples_per_shard)
-    made_of = fingerprint(content, max_bad_fraction)
+    records, content = source_fingerprint(layout, []), source_fingerprint(layout, parts, samples_per_shard)
+    made_of = fingerprint(records, content, max_bad_fraction)
     with locked(out), resumable(out):
         old = out.with_name(f".{out.name}.old.tmp")  # of a run that was killed as it was done
         shutil.rmtree(old, ignore_errors=True)
-        if _made_of(out) == made_of:
+        finished = finished_manifest(out)
+        if finished and finished.get("made_of") == made_of and not has_mended_pictures(finished, layout):
+            log.info("%s was already made from this source", out)
             return out
-        if out.exists() and any(out.iterdir()) and _made_of(out) is None:
+        if out.exists() and any(out.iterdir()) and not finished:
             raise UserInputError(f"shards={str(out)!r} holds other files; give a new or empty folder")
         building = out.with_name(f".{out.name}.building")
-        if _made_of(building) != made_of:
+        if (finished_manifest(building) or {}).get("made_of") != made_of:
             _start(building, content)
             conversion = _Conversion(layout, building, parts, samples_per_shard, num_workers, show_progress)
-            conversion.run(made_of, max_bad_fraction)
+            conversion.run({"made_of": made_of, "records": records}, max_bad_fraction, prompts)
         _publish(building, out, old)
     return out
-
-
-def source_fingerprint(layout: MBEIRLayout, parts: list[Path], *settings: Any) -> str:
-    """Fingerprint of names, sizes and times of a source's files other than extracted pictures, and of the settings."""
-    folders = ("query", "cand_pool", "qrels", "instructions")
-    files = sorted(p for folder in folders for p in (layout.source / folder).rglob("*") if p.is_file())
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in [*files, *parts]]
-    return fingerprint(FORMAT_VERSION, str(layout.source.resolve()), stats, settings)
-
-
-def read_manifest(place: Place) -> dict[str, Any]:
-    """Read the manifest of finished shards.
-
-    Raises:
-        UserInputError: If there is none, or one that cannot be read or is of another version.
-    """
-    content, again = place.read(MANIFEST_FILE), f"make the shards with mmembed-shard source=... out={place.location}"
-    if content is None:
-        raise UserInputError(f"{place.location}/{MANIFEST_FILE} is missing; {again}")
-    try:
-        manifest: dict[str, Any] = json.loads(content)
-    except ValueError as error:
-        raise UserInputError(f"{place.location}/{MANIFEST_FILE} is no JSON ({error}); {again}") from error
-    if manifest["version"] != FORMAT_VERSION:
-        raise UserInputError(
-            f"{place.location} holds shards of version {manifest['version']}, not {FORMAT_VERSION}; {again}"
-        )
-    return manifest
-
-
-def _made_of(directory: Path) -> str | None:
-    """The fingerprint of the source that finished shards were made of; None where there are none."""
-    manifest = directory / MANIFEST_FILE
-    if not manifest.is_file():
-        return None
-    content = json.loads(manifest.read_text())
-    return str(content.get("made_of", content.get("fingerprint")))  # the first format had but one
 
 
 def _start(building: Path, content: str) -> None:
@@ -164,13 +146,14 @@ class _Conversion:
         self.database = directory / "work" / "catalog.sqlite"
         self.catalog = Catalog(self.database, layout)
 
-    def run(self, made_of: str, max_bad_fraction: float) -> None:
+    def run(self, made_of: dict[str, str], max_bad_fraction: float, prompts: Instructions) -> None:
         try:
             with self.progress:
                 self.catalog.read(self.progress)
                 if not self.catalog.count("candidates"):
                     raise UserInputError(f"{self.layout.source}/cand_pool holds no candidate that can be used")
                 self._check_pools()
+                self._check_prompts(prompts)
                 self.catalog.check_bad(max_bad_fraction)
                 self._write_pictures()
                 self._settle(max_bad_fraction)
@@ -183,10 +166,17 @@ class _Conversion:
     def _settle(self, max_bad_fraction: float) -> None:
         try:
             self.catalog.settle(max_bad_fraction)
-        except UserInputError:
-            if not self.parts:
-                self.catalog.forget_broken_pictures()
-            raise
+        except UserInputError as error:
+            if self.parts:
+                raise
+            self.catalog.forget_broken_pictures()
+            unread = archive_beside(self.layout)
+            if not unread:
+                raise
+            raise UserInputError(
+                f"{error}. Pictures were read from {self.layout.source / 'mbeir_images'}, not from {unread[0]}: if the "
+                "folder is not all of the archive, remove it, or give archive="
+            ) from error
 
     def _check_pools(self) -> None:
         pools = set(self.catalog.pool_names())
@@ -198,6 +188,19 @@ class _Conversion:
                 f"{self.layout.source} has queries but no local pool for {', '.join(missing)}: "
                 f"cand_pool/local/mbeir_{task}_cand_pool.jsonl is missing; fetch or write it"
             )
+
+    def _check_prompts(self, prompts: Instructions) -> None:
+        """Refuse queries that no instruction is there for, before hours are spent on their pictures."""
+        self.catalog.db.create_function("dataset", 1, dataset_number)
+        kinds = self.catalog.db.execute("SELECT min(id), modality, task FROM queries GROUP BY dataset(id), 2, 3")
+        missing = []
+        for code, modality, task in kinds:
+            try:
+                prompts.choices(decode_id(code), list(Modality)[modality], Task.parse(task))
+            except UserInputError as error:
+                missing.append(str(error))
+        if missing:
+            raise UserInputError(f"{self.layout.instructions_file} lacks lines:\n  " + "\n  ".join(missing))
 
     def _write_pictures(self) -> None:
         """Write every picture that a record names, and note where it lies or why it cannot be used."""
@@ -270,7 +273,7 @@ class _Conversion:
             self.progress.advance(bar, count)
         self.progress.remove_task(bar)
 
-    def _finish(self, jobs: list[RecordJob], made_of: str) -> None:
+    def _finish(self, jobs: list[RecordJob], made_of: dict[str, str]) -> None:
         """Write index and manifest; the manifest comes last and makes the shards whole."""
         pools = dict.fromkeys(self.catalog.pool_names(), 0)
         with replacing(self.directory / INDEX_FILE) as temporary, pq.ParquetWriter(temporary, INDEX_SCHEMA) as writer:
@@ -290,14 +293,18 @@ class _Conversion:
         others = [file_sha256(self.directory / name) for name in (INDEX_FILE, INSTRUCTIONS_FILE)]
         manifest = {
             "version": FORMAT_VERSION,
-            "made_of": made_of,  # of which source: it tells whether the shards are stale
+            **made_of,  # of which source, with the settings and without: they tell whether the shards are stale
             "fingerprint": fingerprint(shards, others),  # of the content: what vectors and negatives are known by
             "source": str(self.layout.source.resolve()),
-            "counts": {"pools": pools, "queries": queries},
+            "archive": [part.name for part in self.parts],
+            "counts": {"candidates": self.catalog.count("candidates"), "pools": pools, "queries": queries},
             "shards": shards,
             "bad_records": [
                 {"record": record, "reason": reason}
                 for record, reason in db.execute("SELECT record, reason FROM bad ORDER BY number")
+            ],
+            "broken_pictures": [
+                path for (path,) in db.execute("SELECT path FROM pictures WHERE problem IS NOT NULL ORDER BY number")
             ],
             "queries_without_reachable_positive": [
                 record for (record,) in db.execute("SELECT record FROM unreachable ORDER BY number")

@@ -15,10 +15,10 @@ import torch
 
 from lightning_mmembed.data.instructions import Instructions
 from lightning_mmembed.data.layout import TRAIN_POOL, read_instructions
+from lightning_mmembed.data.manifest import INDEX_FILE, INSTRUCTIONS_FILE, read_manifest
 from lightning_mmembed.data.places import Place
-from lightning_mmembed.data.shard import INDEX_FILE, INSTRUCTIONS_FILE, read_manifest
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.items import Candidate, Item, Modality, Query, Task, decode_id, task_order
+from lightning_mmembed.items import Candidate, Item, Modality, Query, Task, dataset_number, decode_id, task_order
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
 
 #: Columns of the index that say where a record lies, and its picture.
@@ -64,9 +64,10 @@ class Shards:
         return {name: self._index[name].to_numpy() for name in names}
 
     @cached_property
-    def _tasks(self) -> np.ndarray:
-        tasks: np.ndarray = self._index["task"].to_numpy(zero_copy_only=False).astype(str)
-        return tasks
+    def _tasks(self) -> tuple[np.ndarray, np.ndarray]:
+        """The name of every task, and its place among them for each row: texts would take 70 bytes a row."""
+        encoded = self._index["task"].dictionary_encode().combine_chunks()
+        return np.array(encoded.dictionary.to_pylist(), dtype=str), encoded.indices.to_numpy().astype(np.int16)
 
     @cached_property
     def candidate_rows(self) -> np.ndarray:
@@ -92,8 +93,9 @@ class Shards:
 
     def task_names(self, rows: np.ndarray) -> np.ndarray:
         """``(Q,)`` task name of each query row."""
-        names: np.ndarray = self._tasks[rows]
-        return names
+        names, places = self._tasks
+        found: np.ndarray = names[places[rows]]
+        return found
 
     def positives(self, rows: np.ndarray) -> list[list[int]]:
         """Encoded ids of the labelled positives of each query row."""
@@ -142,7 +144,8 @@ class Shards:
             instruct: From (qid, query modality, task) to an instruction; by default the first of those that fit.
         """
         record, image = self._read(row)
-        task = Task.parse(self._tasks[row])
+        names, places = self._tasks
+        task = Task.parse(str(names[places[row]]))
         modality = list(Modality)[self._columns["modality"][row]]
         instruction = (instruct or self.instructions.fixed)(record["qid"], modality, task)
         item = Item(record["query_txt"] or None, image)
@@ -191,6 +194,9 @@ class Shards:
             split: The split.
             instruction: Which of the prompts every query gets, or ``"random"`` to draw one for each.
             instruction_seed: Seed of the draw.
+
+        Raises:
+            UserInputError: If there is a query that has no such prompt; this is told before any record is read.
         """
         if instruction == "random":
             instruct: Instruct = partial(self.instructions.draw, seed=instruction_seed, epoch=0)
@@ -202,12 +208,31 @@ class Shards:
         sets = []
         for task in self.tasks(split):
             mine = rows[names == task.name]
+            for qid, modality in self._kinds(mine):
+                instruct(qid, modality, task)
             queries = _Rows(mine, partial(self.query_at, instruct=instruct), self.expect)
             made_of = f"{self.fingerprint}/{split}/{task.name}/{mode}"
             sizes = torch.from_numpy(self._columns["size"][mine].astype(np.int64))
             ids = torch.from_numpy(self.query_ids(mine))
             sets.append(QuerySet(task, ids, self.positives(mine), queries, made_of, sizes))
         return sets
+
+    def prompt_count(self, split: str) -> int:
+        """How many prompts every query of a split has; 0 if the split has no query."""
+        rows = self.query_rows(split)
+        names = self.task_names(rows)
+        counts = [
+            len(self.instructions.choices(qid, modality, task))
+            for task in self.tasks(split)
+            for qid, modality in self._kinds(rows[names == task.name])
+        ]
+        return min(counts, default=0)
+
+    def _kinds(self, rows: np.ndarray) -> list[tuple[str, Modality]]:
+        """What the prompts of some query rows go by: an id of each (dataset, modality), and the modality."""
+        ids, modalities = self._columns["id"][rows], self._columns["modality"][rows]
+        _, firsts = np.unique(dataset_number(ids) * len(Modality) + modalities, return_index=True)
+        return [(decode_id(int(ids[i])), list(Modality)[modalities[i]]) for i in firsts]
 
     def _read(self, row: int) -> tuple[dict[str, Any], bytes | None]:
         record, *picture = [self._place.read_at(*part) for part in self._ranges(row)]

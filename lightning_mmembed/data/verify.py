@@ -18,23 +18,25 @@ from PIL import Image
 from rich.progress import Progress
 from rich.table import Table
 
+from lightning_mmembed.data.instructions import Instructions
 from lightning_mmembed.data.layout import read_instructions
+from lightning_mmembed.data.manifest import INDEX_FILE, INSTRUCTIONS_FILE, MANIFEST_FILE, named, read_manifest
 from lightning_mmembed.data.places import Place
 from lightning_mmembed.data.published_counts import published_sizes
-from lightning_mmembed.data.shard import INDEX_FILE, INSTRUCTIONS_FILE, MANIFEST_FILE, read_manifest
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
-from lightning_mmembed.items import decode_id
+from lightning_mmembed.items import Modality, Task, dataset_number, decode_id
 from lightning_mmembed.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be."""
+    """Something that is not as it should be; ``of_source`` where the source was short and the shards are as it was."""
 
     what: str
     expected: str
     found: str
+    of_source: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}: expected {self.expected}, found {self.found}"
@@ -57,11 +59,26 @@ class Count:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was counted, and what is wrong; without a finding the shards are sound."""
+    """What was counted, what is wrong and what was left out; without a finding the shards are sound."""
 
     source: str
     counts: list[Count]
     findings: list[Finding]
+    left_out: list[dict[str, str]]
+
+    def report(self, directory: str | Path) -> str:
+        """The findings, and what to do about them."""
+        again = f"mmembed-shard source={self.source} out={directory}"
+        if not all(finding.of_source for finding in self.findings):
+            head, advice = "are not sound", f"Remove {directory}, then make them again with {again}"
+        else:
+            head = "are as they were written, but have not M-BEIR's published counts"
+            advice = (
+                f"{named(self.left_out)}. If no more than that is missing, verify with published=false; if more is, "
+                f"{again} published_counts=true says where the source is short"
+            )
+        findings = "\n  ".join(str(finding) for finding in self.findings)
+        return f"the shards in {directory} {head}:\n  {findings}\n{advice}"
 
 
 def verify_shards(directory: str | Path, published: bool | None = None, show_progress: bool = True) -> Verification:
@@ -87,18 +104,20 @@ def verify_shards(directory: str | Path, published: bool | None = None, show_pro
     counts: list[Count] = []
     index = place.read(INDEX_FILE)
     columns: dict[str, np.ndarray] = {}
+    kinds: list[tuple[int, int, str]] = []
     try:
         with pq.ParquetFile(io.BytesIO(index or b"")) as table:
             columns = _columns(table)
             counts = _counts(table, manifest["counts"], published)
+            kinds = _query_kinds(table)
     except (pa.ArrowException, OSError, ValueError) as error:
         findings.append(Finding(INDEX_FILE, "a Parquet file", "none" if index is None else str(error)))
-    findings += _check_small_files(place, manifest, index)
+    findings += _check_small_files(place, manifest, index, kinds)
     findings += _check_places(columns, len(manifest["shards"])) if columns else []
     with progress_bar(show_progress) as progress:
         findings += _check_shards(place, manifest["shards"], columns, progress)
-    findings += _check_counts(counts, len(manifest["bad_records"]))
-    return Verification(manifest["source"], counts, findings)
+    findings += _check_counts(counts)
+    return Verification(manifest["source"], counts, findings, manifest["bad_records"])
 
 
 def counts_table(counts: list[Count]) -> Table:
@@ -150,27 +169,42 @@ def _counts(index: Any, stated: dict[str, dict[str, int]], published: bool | Non
     return [Count(name, found.get(name, 0), in_manifest.get(name), sizes.get(name)) for name in names]
 
 
-def _check_counts(counts: list[Count], num_bad: int) -> list[Finding]:
+def _query_kinds(index: Any) -> list[tuple[int, int, str]]:
+    """What the prompts of queries go by: an id, the modality's code and the task of each kind."""
+    kinds: dict[tuple[int, int, str], int] = {}
+    for batch in index.iter_batches(columns=["id", "modality", "task"]):
+        rows = pa.Table.from_batches([batch]).filter(pc.not_equal(batch["task"], ""))
+        rows = rows.append_column("dataset", pa.array(dataset_number(rows["id"].to_numpy())))
+        firsts = rows.group_by(["dataset", "modality", "task"]).aggregate([("id", "min")])
+        for row in firsts.to_pylist():
+            kinds.setdefault((row["dataset"], row["modality"], row["task"]), row["id_min"])
+    return [(code, modality, task) for (_, modality, task), code in kinds.items()]
+
+
+def _check_counts(counts: list[Count]) -> list[Finding]:
     findings = []
     for count in counts:
         if count.manifest not in (None, count.counted):
             stated = f"{count.manifest:,} as in {MANIFEST_FILE}"
             findings.append(Finding(count.what, stated, f"{count.counted:,} in {INDEX_FILE}"))
         if count.published not in (None, count.counted):
-            reason = f"; {num_bad:,} bad records were left out, see bad_records in {MANIFEST_FILE}" if num_bad else ""
-            findings.append(Finding(count.what, f"{count.published:,} as published", f"{count.counted:,}{reason}"))
+            findings.append(Finding(count.what, f"{count.published:,} as published", f"{count.counted:,}", True))
     return findings
 
 
-def _check_small_files(place: Place, manifest: dict[str, Any], index: bytes | None) -> list[Finding]:
-    """Check what the fingerprint is of, and that the instructions can be read."""
+def _check_small_files(
+    place: Place, manifest: dict[str, Any], index: bytes | None, kinds: list[tuple[int, int, str]]
+) -> list[Finding]:
+    """Check what the fingerprint is of, and that the instructions can be read and serve every query."""
     instructions = place.read(INSTRUCTIONS_FILE)
     findings = []
     try:
-        read_instructions(io.BytesIO(instructions or b""))
+        prompts = Instructions(read_instructions(io.BytesIO(instructions or b"")))
+        for code, modality, task in kinds:
+            prompts.choices(decode_id(code), list(Modality)[modality], Task.parse(task))
     except UserInputError as error:
         found = "none" if instructions is None else str(error)
-        findings.append(Finding(INSTRUCTIONS_FILE, "an instruction file", found))
+        findings.append(Finding(INSTRUCTIONS_FILE, "prompts for every query", found))
     sums = [hashlib.sha256(content or b"").hexdigest() for content in (index, instructions)]
     content = fingerprint(manifest["shards"], sums)
     if content != manifest["fingerprint"]:

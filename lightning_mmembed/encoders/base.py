@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
+import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_mmembed.encoders.processor import EncoderInputs, ItemProcessor
 from lightning_mmembed.encoders.prompts import Entry
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.items import Item, Query
+from lightning_mmembed.items import Candidate, Item, Query
+from lightning_mmembed.progress import progress_bar
 
-#: What ``encode_query`` and ``encode_document`` take for an item.
-ItemLike = Item | str | Image.Image | tuple[Image.Image, str]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+log = logging.getLogger(__name__)
+
+#: Positions of a pass, padding counted, where nobody says otherwise: what a CPU's caches hold, and what keeps any other
+#: device busy, some 1000 short texts or 28 pictures of LLaVA-NeXT's size.
+CPU_TOKENS, TOKENS = 2048, 16384
+
+#: What ``encode_query`` and ``encode_document`` take for an item. A ``str`` is always a text, a ``Path`` a picture.
+ItemLike = Item | str | Image.Image | Path | tuple[Image.Image | Path, str | None]
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The arguments of :meth:`Encoder.encode`, which ``encode_query`` and ``encode_document`` take too."""
+
+    batch_size: int | None
+    tokens_per_batch: int | None
+    max_length: int | None
+    show_progress_bar: bool
 
 
 class Encoder(nn.Module):
@@ -40,39 +61,120 @@ class Encoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Positions of a pass where nobody says otherwise, padding and pictures counted; it goes by the device."""
+        return CPU_TOKENS if self.device.type == "cpu" else TOKENS
+
+    @overload
     def encode_query(
         self,
         items: Sequence[ItemLike],
-        instruction: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool = False,
-    ) -> Tensor:
+        instruction: str | None = ...,
+        *,
+        convert_to_numpy: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Tensor: ...
+    @overload
+    def encode_query(
+        self,
+        items: Sequence[ItemLike],
+        instruction: str | None = ...,
+        *,
+        convert_to_numpy: Literal[True],
+        **options: Unpack[EncodeOptions],
+    ) -> np.ndarray: ...
+    def encode_query(self, items: Sequence[ItemLike], instruction: str | None = None, **options: Any) -> Any:
         """Encode queries.
 
         Args:
-            items: Texts, pictures, (picture, text) pairs or :class:`Item` objects.
+            items: Texts, pictures, paths of picture files (``pathlib.Path``: a ``str`` is a text), pairs of a picture
+                or its path and a text, or :class:`Item` objects. The empty text is an item like any other, and an
+                :class:`Item` without text and picture is the same, as in the released MM-Embed. Files are read as they
+                are needed.
             instruction: What to find, the same for all of them.
-            batch_size: Items per pass.
-            show_progress_bar: Show progress with an ETA.
+            **options: See :meth:`encode`.
 
         Returns:
             ``(N, D)`` unit vectors in float32, on the CPU.
+
+        Raises:
+            UserInputError: If an item is none of these, or a picture is missing, broken, without area or larger than
+                PIL allows; the message names its path or its position.
         """
-        return self.encode(
-            [Query(to_item(item), instruction=instruction) for item in items], batch_size, show_progress_bar
-        )
+        return self.encode(_Entries(items, instruction, is_query=True), **options)
 
+    @overload
     def encode_document(
-        self, items: Sequence[ItemLike], batch_size: int = 32, show_progress_bar: bool = False
-    ) -> Tensor:
+        self,
+        items: Sequence[ItemLike],
+        *,
+        convert_to_numpy: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Tensor: ...
+    @overload
+    def encode_document(
+        self, items: Sequence[ItemLike], *, convert_to_numpy: Literal[True], **options: Unpack[EncodeOptions]
+    ) -> np.ndarray: ...
+    def encode_document(self, items: Sequence[ItemLike], **options: Any) -> Any:
         """Encode candidates, which get no instruction; see :meth:`encode_query`."""
-        return self.encode([to_item(item) for item in items], batch_size, show_progress_bar)
+        return self.encode(_Entries(items), **options)
 
-    def encode(self, entries: Sequence[Entry], batch_size: int = 32, show_progress_bar: bool = False) -> Tensor:
-        """Encode queries and candidates, each with its own instruction; see :meth:`encode_query`."""
-        starts = track(range(0, len(entries), batch_size), "encoding", disable=not show_progress_bar)
-        vectors = [self.encode_inputs(self.processor(entries[start : start + batch_size])) for start in starts]
-        return torch.cat(vectors) if vectors else torch.zeros(0, self.embedding_dim)
+    @overload
+    def encode(
+        self,
+        entries: Sequence[Entry],
+        *,
+        convert_to_numpy: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Tensor: ...
+    @overload
+    def encode(
+        self, entries: Sequence[Entry], *, convert_to_numpy: Literal[True], **options: Unpack[EncodeOptions]
+    ) -> np.ndarray: ...
+    def encode(
+        self,
+        entries: Sequence[Entry],
+        *,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        max_length: int | None = None,
+        show_progress_bar: bool = False,
+        convert_to_numpy: bool = False,
+    ) -> Tensor | np.ndarray:
+        """Encode queries and candidates, each with its own instruction.
+
+        Entries of like length go through the backbone together. The vectors do not depend on how many do.
+
+        Args:
+            entries: Queries, candidates or items.
+            batch_size: The most entries in a pass; by default only ``tokens_per_batch`` counts.
+            tokens_per_batch: The most positions in a pass, padding and pictures counted, by default
+                :attr:`tokens_per_batch`; a longer entry goes alone. Lower it where memory runs out.
+            max_length: Longest text in tokens, by default the encoder's own. The end of a longer text is cut, never
+                the instruction, and a warning is logged that says how many were.
+            show_progress_bar: Show progress with an ETA, on a terminal.
+            convert_to_numpy: Give an array in place of a tensor.
+
+        Returns:
+            ``(N, D)`` unit vectors in float32, on the CPU, in the order of the entries.
+
+        Raises:
+            UserInputError: If a picture cannot be decoded, an instruction leaves no room for its query, or a number is
+                too small.
+        """
+        processor = self.processor if max_length is None else self.processor.limited(max_length)
+        budget = self.tokens_per_batch if tokens_per_batch is None else tokens_per_batch
+        vectors, truncated = [torch.zeros(0, self.embedding_dim)], 0
+        with progress_bar(show_progress_bar) as progress:
+            bar = progress.add_task("encoding", total=len(entries))
+            for inputs in processor.windows(entries, budget, batch_size):
+                vectors.append(self.encode_inputs(inputs))
+                truncated += inputs.truncated
+                progress.advance(bar, len(inputs))
+        log_truncated(truncated, len(entries), processor)
+        encoded = torch.cat(vectors)
+        return encoded.numpy() if convert_to_numpy else encoded
 
     @torch.inference_mode()
     def encode_inputs(self, inputs: EncoderInputs) -> Tensor:
@@ -82,6 +184,12 @@ class Encoder(nn.Module):
         vectors: Tensor = self(inputs.to(self.device)).cpu()
         self.train(was_training)
         return vectors
+
+
+def log_truncated(truncated: int, total: int, processor: ItemProcessor) -> None:
+    """Warn that texts were cut, if any was."""
+    if truncated:
+        log.warning("%d of %d texts were cut to max_length=%d tokens", truncated, total, processor.prompts.max_length)
 
 
 def encoder_of(module: nn.Module) -> Encoder:
@@ -100,10 +208,10 @@ def encoder_of(module: nn.Module) -> Encoder:
 
 
 def to_item(value: ItemLike) -> Item:
-    """Make an item of a text, a picture or a (picture, text) pair.
+    """Make an item of a text, a picture, the path of a picture, or a pair of a picture or its path and a text.
 
     Raises:
-        UserInputError: If ``value`` is something else.
+        UserInputError: If ``value`` is something else, or the file cannot be read.
 
     Example:
         >>> to_item("a red bus")
@@ -113,10 +221,46 @@ def to_item(value: ItemLike) -> Item:
         return value
     if isinstance(value, str):
         return Item(text=value)
-    if isinstance(value, Image.Image):
-        return Item(image=value)
-    if isinstance(value, tuple) and len(value) == 2:
-        return Item(image=value[0], text=value[1])
+    image, text = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if isinstance(image, Image.Image | Path) and isinstance(text, str | None):
+        return Item(text, read_picture(image) if isinstance(image, Path) else image)
     raise UserInputError(
-        f"item={value!r} is a {type(value).__name__}; give a str, a PIL image or an (image, text) pair"
+        f"item={value!r} is a {type(value).__name__}; give a str, a PIL image or an (image, text) pair, where a "
+        "pathlib.Path stands for the picture in its file"
     )
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture file.
+
+    Raises:
+        UserInputError: If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserInputError(
+            f"picture {str(path)!r} cannot be read: {error.strerror}; give the path of a file"
+        ) from error
+
+
+class _Entries(Sequence[Entry]):
+    """What the user gave, made into queries or candidates as they are read, so that no file is open before its turn."""
+
+    def __init__(self, items: Sequence[ItemLike], instruction: str | None = None, is_query: bool = False) -> None:
+        if isinstance(items, str | Image.Image | Path | Item):
+            raise UserInputError(f"items={items!r} is a single item; give a list, such as [{items!r}]")
+        self._items, self._instruction, self._is_query = items, instruction, is_query
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, position: Any) -> Any:
+        value = self._items[position]
+        path = value[0] if isinstance(value, tuple) and value else value
+        name = f"items[{position}]" + (f"={str(path)!r}" if isinstance(path, Path) else "")
+        try:
+            item = to_item(value)
+        except UserInputError as error:
+            raise UserInputError(f"{name}: {error}") from error
+        return Query(item, self._instruction, name) if self._is_query else Candidate(item, name)

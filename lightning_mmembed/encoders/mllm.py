@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_mmembed.encoders import mm_embed
+from lightning_mmembed import integrations
+from lightning_mmembed.encoders import contracts, mm_embed
+from lightning_mmembed.encoders.adapters import ADAPTER_FILE, find_base, identity, load_adapter, write_adapter
 from lightning_mmembed.encoders.base import Encoder
-from lightning_mmembed.encoders.families import FAMILIES, Family, family_of
+from lightning_mmembed.encoders.card import push
+from lightning_mmembed.encoders.families import FAMILIES, Family, Generic, family_of
 from lightning_mmembed.encoders.loading import (
     POOLING_FILE,
     SETTINGS_FILE,
@@ -21,14 +25,17 @@ from lightning_mmembed.encoders.loading import (
     load_backbone,
     load_config,
     load_tokenizer,
+    quantization,
     read_json,
     reading,
 )
+from lightning_mmembed.encoders.lora import LoRA, checkpoint_gradients, choose_trained, plain_weights
 from lightning_mmembed.encoders.pooling import build_pooling
 from lightning_mmembed.encoders.processor import Bucket, EncoderInputs, ItemProcessor
 from lightning_mmembed.encoders.prompts import PromptTokenizer
+from lightning_mmembed.encoders.released import join_parts, write_released
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.files import write_atomically
+from lightning_mmembed.files import new_directory
 
 #: The ways to write prompts, by their names in the settings.
 PROMPTS: dict[str, type[PromptTokenizer]] = {p.name: p for p in (PromptTokenizer, mm_embed.MMEmbedPrompts)}
@@ -65,13 +72,19 @@ class MLLMEncoder(Encoder):
     ) -> None:
         super().__init__()
         text_config = backbone.config.get_text_config()
-        # transformers builds every attention mask from this one switch, padded or not (masking_utils).
+        # transformers builds every attention mask from this one switch (masking_utils); where it needs none, as without
+        # padding, its older versions go by the switch of each attention layer.
         text_config.is_causal = not bidirectional
+        for module in backbone.get_submodule(processor.family.language_model).modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = not bidirectional
         self.backbone = backbone
         self.processor = processor
         self.pooling = build_pooling(pooling, text_config.hidden_size, **(pooling_options or {}))
         self.embedding_dim = int(text_config.hidden_size)
         self._pooled = {"pooling": pooling, "pooling_options": pooling_options or {}}
+        self.lora: LoRA | None = None
+        self.base: dict[str, str | None] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,6 +95,7 @@ class MLLMEncoder(Encoder):
             "max_length": self.processor.prompts.max_length,
             "padding_side": self.processor.padding_side,
             "prompts": self.processor.prompts.name,
+            "lora": None if self.lora is None else self.lora.to_dict(),
         }
 
     @property
@@ -100,6 +114,12 @@ class MLLMEncoder(Encoder):
         padding_side: str | None = None,
         length_buckets: int = 4,
         dtype: torch.dtype | str = torch.float32,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        lora: LoRA | Mapping[str, Any] | None = None,
+        freeze_vision: bool | None = None,
+        gradient_checkpointing: bool = False,
+        check_contracts: bool | None = None,
     ) -> MLLMEncoder:
         """Load a multimodal LLM, the released MM-Embed, or an encoder saved by :meth:`save_pretrained`.
 
@@ -112,10 +132,22 @@ class MLLMEncoder(Encoder):
             max_length: Longest text in tokens; by default what was saved, else 128 (the paper's training length).
             padding_side: ``"right"`` or ``"left"``; by default what was saved, else right. No vector depends on it.
             length_buckets: Number of buckets that a batch is cut into, by length, to save padding.
-            dtype: Type of the weights.
+            dtype: Type of the weights. With LoRA those that are trained are kept in float32. Mean and normalisation are
+                computed in float32 in any case.
+            attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; by default transformers' choice.
+            quantization_config: Arguments of transformers' ``BitsAndBytesConfig``, or a configuration of quantisation;
+                vision tower and projector are not quantised.
+            lora: Settings of :class:`~lightning_mmembed.encoders.lora.LoRA`, ``{}`` for the paper's: the language
+                model is frozen and LoRA put on it. By default what was saved, else every weight is trained.
+            freeze_vision: Freeze the vision tower; by default only with LoRA, as in the paper.
+            gradient_checkpointing: Save memory in training: compute activations again in the backward pass.
+            check_contracts: Check what an encoder promises (:mod:`~lightning_mmembed.encoders.contracts`), by default
+                only for a family without an adapter.
 
         Raises:
-            UserInputError: If there is no checkpoint, one of another architecture, or one that lacks weights.
+            UserInputError: If there is no checkpoint, one of another architecture, one that lacks weights, or one
+                whose encoder breaks a contract; if an option needs a package that is not installed; if the base of an
+                adapter is not there, or is another one.
         """
         path = str(pretrained_model_name_or_path)
         given = {
@@ -125,34 +157,166 @@ class MLLMEncoder(Encoder):
             "padding_side": padding_side,
         }
         with reading(path):
-            config = load_config(path)
+            own = read_json(path, SETTINGS_FILE) or {}
+            base = find_base(path, own)
+            config = load_config(base)
             released = mm_embed.is_released(config)
-            saved = mm_embed.settings(path, config) if released else read_json(path, SETTINGS_FILE) or {}
+            saved = (mm_embed.settings(base, config) if released else {}) | own
             settings = DEFAULTS | saved | {key: value for key, value in given.items() if value is not None}
-            tokenizer = load_tokenizer(path)
-            family = _family(path, config)(path, config, tokenizer)
-            ignored = (mm_embed.LATENT_ATTENTION,) if released else ()
-            backbone = load_backbone(path, config, ignored, dtype=dtype)
+            tokenizer = load_tokenizer(base)
+            family = _family(base, config)(base, config, tokenizer)
+            options = {
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+                "quantization_config": quantization(quantization_config, (family.vision, family.projector)),
+            }
+            backbone = load_backbone(base, config, (mm_embed.LATENT_ATTENTION,) if released else (), **options)
+            if isinstance(family, Generic):
+                family.find_parts(backbone)
             prompts = PROMPTS[settings["prompts"]](tokenizer, settings["max_length"])
             processor = ItemProcessor(prompts, family, length_buckets, settings["padding_side"])
             encoder = cls(
                 backbone, processor, settings["pooling"], settings["pooling_options"], settings["bidirectional"]
             )
-            if settings["pooling"] == saved.get("pooling"):
+            encoder.base = own.get("base") or identity(base)
+            adapter, same_pooling = find_file(path, ADAPTER_FILE), settings["pooling"] == saved.get("pooling")
+            if same_pooling and adapter is None:
                 weights = mm_embed.pooling_weights(path) if released else _pooling_weights(path)
                 encoder.pooling.load_state_dict(weights)
+            encoder._choose_trained(_one_lora(path, saved.get("lora"), lora), freeze_vision, gradient_checkpointing)
+            if adapter is not None:
+                load_adapter(encoder, adapter, ignored=() if same_pooling else ("pooling.",))
+        if isinstance(family, Generic) if check_contracts is None else check_contracts:
+            contracts.require(encoder, path)
         return encoder
 
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write weights, tokenizer, image settings and pooling, to be read by :meth:`from_pretrained`."""
-        directory = Path(directory)
-        self.backbone.save_pretrained(directory)
-        self.processor.prompts.tokenizer.save_pretrained(directory)
-        self.family.image_processor.save_pretrained(directory)
-        pooling = self.pooling.state_dict()
-        if pooling:
-            save_file(pooling, directory / POOLING_FILE)
-        return write_atomically(directory / SETTINGS_FILE, json.dumps(self.settings, indent=1))
+    def _choose_trained(
+        self, lora: LoRA | None, freeze_vision: bool | None = None, gradient_checkpointing: bool = False
+    ) -> None:
+        self.lora = lora
+        self.pooling.to(self.backbone.dtype if lora is None else torch.float32)
+        choose_trained(self.backbone, self.family, lora, lora is not None if freeze_vision is None else freeze_vision)
+        if gradient_checkpointing:
+            checkpoint_gradients(self.backbone)
+
+    @classmethod
+    def from_parts(
+        cls,
+        llava_next: str | Path,
+        nv_embed: str | Path,
+        *,
+        max_length: int = 128,
+        length_buckets: int = 4,
+        dtype: torch.dtype | str = torch.float32,
+        **training: Any,
+    ) -> MLLMEncoder:
+        """Put NV-Embed-v1 in the place of a LLaVA-NeXT's language model, as MM-Embed's training begins.
+
+        Args:
+            llava_next: A directory or a hub id, such as ``"llava-hf/llava-v1.6-mistral-7b-hf"``: gives vision tower,
+                projector, ``image_newline``, tokenizer and image settings.
+            nv_embed: The same, such as ``"nvidia/NV-Embed-v1"``: gives language model and latent attention.
+            max_length: Longest text in tokens; 128 is the paper's in training.
+            length_buckets: See :meth:`from_pretrained`, also for ``dtype``.
+            dtype: Type of the weights.
+            **training: ``lora``, ``freeze_vision`` and ``gradient_checkpointing`` of :meth:`from_pretrained`.
+
+        Raises:
+            UserInputError: If one of the two is absent, broken or another kind of checkpoint, or they do not fit.
+        """
+        parts = join_parts(str(llava_next), str(nv_embed), dtype)
+        processor = ItemProcessor(mm_embed.MMEmbedPrompts(parts.tokenizer, max_length), parts.family, length_buckets)
+        encoder = cls(parts.backbone, processor, "latent-attention", parts.pooling_options)
+        with reading(str(nv_embed)):
+            encoder.pooling.load_state_dict(parts.pooling_weights)
+        encoder._choose_trained(LoRA.of(training.pop("lora", None)), **training)
+        return encoder
+
+    def save_pretrained(self, directory: str | Path, merge: bool = False) -> Path:
+        """Write weights, tokenizer, image settings and pooling, to be read by :meth:`from_pretrained`.
+
+        Args:
+            directory: A new or an empty one.
+            merge: Add LoRA's matrices to the weights that they lie beside; otherwise they are kept apart, to be
+                trained further.
+
+        Raises:
+            UserInputError: If the directory is in use, or the weights are quantised.
+        """
+        if getattr(self.backbone, "is_quantized", False):
+            raise UserInputError("the encoder's weights are quantised; save what was trained, with save_adapter")
+        with new_directory(directory) as building:
+            self.backbone.save_pretrained(building, state_dict=plain_weights(self.backbone, merge))
+            self.processor.prompts.tokenizer.save_pretrained(building)
+            self.family.image_processor.save_pretrained(building)
+            pooling = self.pooling.state_dict()
+            if pooling:
+                save_file(pooling, building / POOLING_FILE)
+            if self.lora is not None and not merge:
+                write_adapter(self, building / ADAPTER_FILE)
+            settings = self.settings | ({"lora": None} if merge else {})
+            (building / SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
+        return Path(directory)
+
+    def save_adapter(self, directory: str | Path) -> Path:
+        """Write what is trained, and the name of the base that it belongs to; read by :meth:`from_pretrained`.
+
+        Args:
+            directory: A new or an empty one.
+
+        Raises:
+            UserInputError: If the directory is in use, or the encoder was not loaded from one checkpoint.
+        """
+        if self.base is None:
+            raise UserInputError("the encoder was not loaded from one checkpoint; save all of it, with save_pretrained")
+        with new_directory(directory) as building:
+            write_adapter(self, building / ADAPTER_FILE)
+            (building / SETTINGS_FILE).write_text(json.dumps({**self.settings, "base": self.base}, indent=1))
+        return Path(directory)
+
+    def save_released(self, directory: str | Path) -> Path:
+        """Write the encoder in the layout of the released MM-Embed, with LoRA merged.
+
+        The layout has no room for ``max_length``: give it to :meth:`from_pretrained` where it is not 512.
+
+        Args:
+            directory: A new or an empty one.
+
+        Raises:
+            UserInputError: If the encoder is of another make than MM-Embed, or the directory is in use.
+        """
+        return write_released(self, directory)
+
+    def export_sentence_transformers(self, directory: str | Path) -> Path:
+        """Write the encoder so that sentence-transformers loads it, for texts and pictures, with the same vectors.
+
+        ``SentenceTransformer(directory, trust_remote_code=True)`` loads it where ``lightning_mmembed`` is installed:
+        the flag lets it import that package, and no other code is run. :meth:`from_pretrained` reads it too.
+
+        Args:
+            directory: A new or an empty one.
+
+        Raises:
+            UserInputError: If sentence-transformers is not installed, or the directory is in use.
+        """
+        return integrations.export_sentence_transformers(self, directory)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **card: Any) -> str:
+        """Write the encoder with its model card, and upload both.
+
+        Args:
+            repo_id: ``"name"`` or ``"organization/name"``; made if it is not there.
+            private: Make it so that nobody else sees it.
+            token: Of the hub; by default the one that ``hf auth login`` keeps.
+            **card: Arguments of :func:`~lightning_mmembed.encoders.card.model_card`, such as ``license``.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            UserInputError: If the hub cannot be reached or refuses, or the card cannot be written.
+        """
+        return push(self, repo_id, private, token, card)
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
         """Encode prepared items.
@@ -177,10 +341,23 @@ def _family(path: str, config: Any) -> type[Family]:
     family = family_of(config)
     if family is None:
         known = sorted(name for family in FAMILIES for name in family.model_types)
-        raise UserInputError(f"checkpoint {path!r} has model_type={config.model_type!r}; supported are {known}")
+        raise UserInputError(
+            f"checkpoint {path!r} has model_type={config.model_type!r}; supported are {known}, and other models of "
+            "transformers that read pictures and texts and pass the contracts"
+        )
     return family
 
 
 def _pooling_weights(path: str) -> dict[str, Tensor]:
     file = find_file(path, POOLING_FILE)
     return {} if file is None else load_file(file)
+
+
+def _one_lora(path: str, saved: Mapping[str, Any] | None, given: LoRA | Mapping[str, Any] | None) -> LoRA | None:
+    there, asked = LoRA.of(saved), LoRA.of(given)
+    if there and asked and there.to_dict() != asked.to_dict():
+        raise UserInputError(
+            f"lora={asked} is not what {path!r} was trained with: {there}; leave lora out, or save that encoder with "
+            "merge=True and start from there"
+        )
+    return there or asked

@@ -7,7 +7,6 @@ beside it. Its ``text_config`` is not the one in use: that comes from the text e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -128,7 +127,11 @@ def settings(path: str, config: Any) -> dict[str, Any]:
     Raises:
         UserInputError: If the text embedder's configuration cannot be found.
     """
-    retriever = _retriever(path, config.retriever)
+    return use_text_embedder(config, _retriever(path, config.retriever))
+
+
+def use_text_embedder(config: Any, retriever: dict[str, Any]) -> dict[str, Any]:
+    """Put a text embedder's configuration in the place of ``text_config``; gives how its encoder is built."""
     text = {key: value for key, value in retriever["text_config"].items() if key not in ("model_type", "architectures")}
     # The release ignores the window in its two-sided attention.
     config.text_config = MistralConfig(**(text | {"sliding_window": None}))
@@ -161,28 +164,36 @@ def _retriever(path: str, name: str) -> dict[str, Any]:
 
 def pooling_weights(path: str) -> dict[str, Tensor]:
     """The weights of the latent attention by our names, read from the checkpoint's files."""
+    return latent_attention(read_tensors(path, LATENT_ATTENTION))
+
+
+def read_tensors(path: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with ``prefix``, by the rest of their names.
+
+    Raises:
+        UserInputError: If a file of the checkpoint is missing.
+    """
     index = read_json(path, "model.safetensors.index.json")
-    files = {"model.safetensors"} if index is None else set(index["weight_map"].values())
-    weights: dict[str, Tensor] = {}
-    for name in sorted(files):
+    names = {"model.safetensors"} if index is None else set(index["weight_map"].values())
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(names):
         file = find_file(path, name)
         if file is None:
             raise UserInputError(f"checkpoint {path!r} has no {name}; download it again")
-        weights |= _latent_attention(file)
-    return weights
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - not a dict
+                if key.startswith(prefix):
+                    tensors[key.removeprefix(prefix)] = weights.get_tensor(key)
+    return tensors
 
 
-def _latent_attention(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as weights:
-        theirs = {
-            key.removeprefix(LATENT_ATTENTION): weights.get_tensor(key)
-            for key in weights.keys()  # noqa: SIM118 - not a dict
-            if key.startswith(LATENT_ATTENTION)
-        }
+def latent_attention(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the latent attention by our names, from the release's."""
     ours = {theirs: ours for ours, theirs in POOLING_NAMES.items()}
-    return {_rename(key, ours): value for key, value in theirs.items()}
+    return {rename(key, ours): value for key, value in theirs.items()}
 
 
-def _rename(key: str, names: dict[str, str]) -> str:
+def rename(key: str, names: dict[str, str]) -> str:
+    """The other name of a weight of the latent attention, given those of its modules."""
     part, dot, leaf = key.rpartition(".")
     return names[key] if key in names else names[part] + dot + leaf

@@ -56,6 +56,7 @@ class LatentAttentionPooling(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Pool ``(B, L, D)`` states over a ``(B, L)`` mask to ``(B, D)`` float32."""
+        states = states.to(self.latents.dtype)
         states = states + self._attend(self.state_norm(states))
         values, gates = self.feed_forward_in(self.feed_forward_norm(states)).chunk(2, dim=-1)
         states = states + self.feed_forward_out(values * F.gelu(gates))

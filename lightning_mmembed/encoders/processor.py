@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lightning_mmembed.encoders.families import Family, Picture
 from lightning_mmembed.encoders.prompts import Entry, PromptTokenizer, Tokens, item_of
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.items import Item, Query
 
 PADDING_SIDES = ("right", "left")
+
+#: Items that are read before they are sorted by length: as many as fill so many passes, read so many at a time.
+_PASSES_IN_WINDOW, _READ_AT_ONCE = 8, 32
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Items of similar length, padded to the longest of them.
+    """Items of similar length, padded to the longest of them: one pass of the backbone.
 
     Args:
         input_ids: ``(B, L)`` token ids, the picture's own ids among them.
@@ -73,7 +79,8 @@ class ItemProcessor:
     Args:
         prompts: Tokenises prompts.
         family: Prepares pictures.
-        length_buckets: Number of buckets that a list of items is cut into.
+        length_buckets: Number of buckets that a list of items is cut into where no budget of tokens is given: in
+            training, whose processes must run the same number of passes.
         padding_side: ``"right"`` or ``"left"``; no vector depends on it.
 
     Raises:
@@ -94,25 +101,86 @@ class ItemProcessor:
         prompts = [type(self.prompts).__name__, self.prompts.max_length, tokenizer]
         return {"prompts": prompts, **self.family.settings()}
 
-    def __call__(self, entries: Sequence[Entry]) -> EncoderInputs:
+    def limited(self, max_length: int) -> ItemProcessor:
+        """The same with another limit of the text, in tokens; this one is left as it is.
+
+        Raises:
+            UserInputError: If nothing of a text fits into ``max_length``.
+        """
+        if max_length < 3:
+            raise UserInputError(f"max_length={max_length} leaves no room between BOS and EOS; give at least 3")
+        limited = copy.copy(self)
+        limited.prompts = copy.copy(self.prompts)
+        limited.prompts.max_length = max_length
+        return limited
+
+    def __call__(
+        self, entries: Sequence[Entry], tokens_per_batch: int | None = None, batch_size: int | None = None
+    ) -> EncoderInputs:
         """Prepare a list of queries and candidates for the encoder.
+
+        Args:
+            entries: Queries, candidates or items.
+            tokens_per_batch: Cut into as many buckets as needed for none to have more positions than this, padding and
+                pictures counted; an item that is longer has one of its own. ``None`` cuts into ``length_buckets``.
+            batch_size: With a budget of tokens: the most items in a bucket.
 
         Raises:
             UserInputError: If a picture cannot be decoded, or an instruction leaves no room for its query.
         """
-        tokens = self.prompts(entries)
-        pictures = [self._picture(entry) for entry in entries]
-        rows = [_Row.of(*pair) for pair in zip(tokens, pictures, strict=True)]
-        order = np.argsort([len(row.ids) for row in rows], kind="stable")
-        parts = np.array_split(order, max(1, min(self.length_buckets, len(order))))
-        buckets = [self._bucket([rows[i] for i in part]) for part in parts]
-        return EncoderInputs(buckets, torch.from_numpy(order), sum(t.truncated for t in tokens))
+        return self._collate(self._rows(entries, 0), tokens_per_batch, batch_size)
 
-    def _picture(self, entry: Entry) -> Picture | None:
+    def windows(
+        self, entries: Iterable[Entry], tokens_per_batch: int, batch_size: int | None = None
+    ) -> Iterator[EncoderInputs]:
+        """Prepare any number of entries, some passes at a time, so that memory goes by the budget, not by the entries.
+
+        Args:
+            entries: Read as they are needed.
+            tokens_per_batch: See :meth:`__call__`.
+            batch_size: See :meth:`__call__`.
+
+        Yields:
+            The inputs of neighbouring entries, in their order.
+
+        Raises:
+            UserInputError: As :meth:`__call__`; an entry without an id is named by its position.
+        """
+        entries, read = iter(entries), 0
+        rows: list[_Row] = []
+        while some := list(islice(entries, _READ_AT_ONCE)):
+            rows += self._rows(some, read)
+            read += len(some)
+            if sum(len(row.ids) for row in rows) >= _PASSES_IN_WINDOW * tokens_per_batch:
+                inputs, rows = self._collate(rows, tokens_per_batch, batch_size), []
+                yield inputs  # which holds the pictures alone now
+        if rows:
+            yield self._collate(rows, tokens_per_batch, batch_size)
+
+    def _rows(self, entries: Sequence[Entry], first: int) -> list[_Row]:
+        """Tokens and pictures of some entries, of which the first one has a position in a longer list."""
+        tokens = self.prompts(entries)
+        pictures = [self._picture(entry, first + n) for n, entry in enumerate(entries)]
+        return [_Row.of(*pair) for pair in zip(tokens, pictures, strict=True)]
+
+    def _collate(self, rows: list[_Row], tokens_per_batch: int | None, batch_size: int | None) -> EncoderInputs:
+        lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
+        order = np.argsort(lengths, kind="stable")
+        if tokens_per_batch is None:
+            parts = np.array_split(order, max(1, min(self.length_buckets, len(order))))
+        else:
+            parts = [order[run.start : run.stop] for run in passes(lengths[order], tokens_per_batch, batch_size)]
+        buckets = [self._bucket([rows[i] for i in part]) for part in parts]
+        return EncoderInputs(buckets, torch.from_numpy(order), sum(row.truncated for row in rows))
+
+    def _picture(self, entry: Entry, position: int) -> Picture | None:
         image = item_of(entry).image
         if image is None:
             return None
-        return self.family.picture(decode_image(image) if isinstance(image, bytes) else image.convert("RGB"))
+        try:
+            return self.family.picture(decode_image(image))
+        except ValueError as error:  # of a family too, such as one that refuses a very long and thin picture
+            raise UserInputError(f"{_name(entry) or f'items[{position}]'}: {error}") from error
 
     def _bucket(self, rows: list[_Row]) -> Bucket:
         longest = max((len(row.ids) for row in rows), default=0)
@@ -141,6 +209,7 @@ class _Row:
 
     ids: list[int]
     pool_from: int
+    truncated: bool
     picture: Picture | None
 
     @classmethod
@@ -149,16 +218,63 @@ class _Row:
         if picture is not None:
             ids = ids[: tokens.image_at] + picture.token_ids + ids[tokens.image_at :]
         # Where a passage is cut before what MM-Embed's rule would pool of it, all that is left is pooled.
-        return cls(ids, tokens.pool_from if tokens.pool_from < len(ids) else 0, picture)
+        return cls(ids, tokens.pool_from if tokens.pool_from < len(ids) else 0, tokens.truncated, picture)
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decode the bytes of a picture file to RGB; alpha is dropped, not blended, as the references do.
+def passes(lengths: Sequence[int] | np.ndarray, tokens: int, rows: int | None = None) -> list[range]:
+    """Cut ascending lengths into runs that take at most so many positions when each is padded to its longest.
+
+    Args:
+        lengths: Ascending.
+        tokens: The budget; a length beyond it makes a run of its own.
+        rows: The most lengths in a run.
 
     Raises:
-        UserInputError: If the bytes are no picture, or a truncated one.
+        UserInputError: If ``tokens`` or ``rows`` is below 1.
+
+    Example:
+        >>> passes([3, 3, 4, 9, 20], 12)
+        [range(0, 3), range(3, 4), range(4, 5)]
     """
+    for name, value in (("tokens_per_batch", tokens), ("batch_size", rows)):
+        if value is not None and value < 1:
+            raise UserInputError(f"{name}={value} is too small; it must be at least 1")
+    runs, start = [], 0
+    for stop in range(1, len(lengths) + 1):
+        full = stop < len(lengths) and (stop + 1 - start) * int(lengths[stop]) > tokens
+        if full or stop == len(lengths) or stop - start == rows:
+            runs.append(range(start, stop))
+            start = stop
+    return runs
+
+
+def _name(entry: Entry) -> str:
+    """The id of a query or a candidate; empty if it has none."""
+    if isinstance(entry, Item):
+        return ""
+    return entry.qid if isinstance(entry, Query) else entry.did
+
+
+def decode_image(image: bytes | Image.Image) -> Image.Image:
+    """Decode a picture to RGB; alpha is dropped, not blended, as the references do.
+
+    Args:
+        image: The bytes of a picture file, or a picture of PIL, read or not.
+
+    Raises:
+        UserInputError: If it is no picture, a truncated one, one without area, or larger than PIL allows.
+    """
+    what = f"a picture of {len(image)} bytes" if isinstance(image, bytes) else "a picture"
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        if 0 in opened.size:
+            raise ValueError(f"its {opened.width} x {opened.height} pixels have no area")
+        return opened.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise UserInputError(
+            f"{what} cannot be decoded: {error}. If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS; else leave it out"
+        ) from error
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
-        raise UserInputError(f"a picture of {len(data)} bytes cannot be decoded: {error}") from error
+        # The message of an unidentified one names an object in memory.
+        reason = "no known picture format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserInputError(f"{what} cannot be decoded: {reason}; replace it or leave it out") from error

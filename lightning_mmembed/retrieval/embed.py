@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_mmembed.encoders.base import Encoder
+from lightning_mmembed.encoders.base import Encoder, log_truncated
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint, resumable, write_atomically
 from lightning_mmembed.items import Candidate, Query
@@ -41,13 +42,15 @@ class VectorStore:
 
     Args:
         directory: Where the parts lie; a folder below it is used for each fingerprint.
-        batch_size: Items per pass of the encoder.
+        batch_size: Items that are read at once.
         num_workers: Processes that read and prepare items.
         dtype: ``"float16"`` or ``"float32"``, as stored.
         rank: This process; each writes its own share of the parts.
         world_size: Number of processes.
         barrier: Waits for the other processes.
         show_progress: Show a progress bar with an ETA.
+        tokens_per_batch: The most positions in a pass of the encoder, padding and pictures counted; see
+            :meth:`~lightning_mmembed.encoders.base.Encoder.encode`.
     """
 
     def __init__(
@@ -60,13 +63,14 @@ class VectorStore:
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
         show_progress: bool = True,
+        tokens_per_batch: int | None = None,
     ) -> None:
         if dtype not in ("float16", "float32"):
             raise ValueError(f"dtype={dtype!r} is unknown; write 'float16' or 'float32'")
         self.directory = Path(directory)
         self.batch_size, self.num_workers, self.dtype = batch_size, num_workers, np.dtype(dtype)
         self.rank, self.world_size, self.barrier = rank, world_size, barrier
-        self.show_progress = show_progress
+        self.show_progress, self.tokens_per_batch = show_progress, tokens_per_batch
 
     def embed(
         self,
@@ -98,20 +102,27 @@ class VectorStore:
         Raises:
             UserInputError: If the disk is full.
         """
-        folder = self.directory / fingerprint(content, made_by, self.dtype.name)
+        made_of = fingerprint(content, made_by, self.dtype.name)
+        folder = self.directory / made_of
         folder.mkdir(parents=True, exist_ok=True)
         parts = {
             folder / f"part-{number:05d}.npy": range(start, min(start + PART_SIZE, len(entries)))
             for number, start in enumerate(range(0, len(entries), PART_SIZE))
         }
-        own = list(parts.items())[self.rank :: self.world_size]
+        # Shares start at a process drawn by the fingerprint, so that small sets of one part each do not all go to one.
+        own = list(parts.items())[(self.rank - int(made_of, 16)) % self.world_size :: self.world_size]
         missing = {path: rows for path, rows in own if not self._is_whole(path, len(rows), encoder.embedding_dim)}
-        if missing:
-            with resumable(folder):
+        with resumable(folder):
+            if self.rank == 0 and not (folder / "made_of.json").is_file():
                 write_atomically(folder / "made_of.json", json.dumps({"content": content, "encoder": made_by}))
+            if missing:
                 self._compute(encoder, entries, missing, label, likeness)
         self.barrier()
         return Vectors(list(parts), encoder.embedding_dim)
+
+    def folder(self, content: str, made_by: str) -> Path:
+        """Where the vectors of some content by some encoder lie; see :meth:`embed`."""
+        return self.directory / fingerprint(content, made_by, self.dtype.name)
 
     def embed_pool(self, encoder: Encoder, pool: Pool, made_by: str) -> Vectors:
         """The vectors of a pool; see :meth:`embed`."""
@@ -148,6 +159,8 @@ class VectorStore:
         likeness: Sequence[Tensor],
     ) -> None:
         # Each rank computes other parts, so nothing in here may wait for another process.
+        budget = encoder.tokens_per_batch if self.tokens_per_batch is None else self.tokens_per_batch
+        truncated = 0
         with progress_bar(self.show_progress and self.rank == 0) as progress:
             bar = progress.add_task(label, total=sum(len(rows) for rows in parts.values()))
             for path, rows in parts.items():
@@ -157,12 +170,13 @@ class VectorStore:
                 batches = DataLoader(
                     cast(Any, Subset(cast(Any, entries), [rows[i] for i in order.tolist()])),
                     batch_size=self.batch_size,
-                    collate_fn=encoder.processor,
+                    collate_fn=partial(encoder.processor, tokens_per_batch=budget),
                     num_workers=self.num_workers,
                 )
                 vectors = []
                 for inputs in batches:
                     vectors.append(encoder.encode_inputs(inputs))
+                    truncated += inputs.truncated
                     progress.advance(bar, len(inputs))
                 part = np.empty((len(rows), encoder.embedding_dim), self.dtype)
                 part[order] = torch.cat(vectors).numpy()
@@ -170,6 +184,7 @@ class VectorStore:
                 file = io.BytesIO()
                 np.save(file, part)
                 write_atomically(path, file.getvalue())
+        log_truncated(truncated, sum(len(rows) for rows in parts.values()), encoder.processor)
 
 
 def _sorted_by(likeness: Sequence[Tensor], rows: range) -> np.ndarray:

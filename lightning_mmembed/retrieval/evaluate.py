@@ -11,12 +11,9 @@ from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
-from lightning_mmembed.retrieval.results import RetrievalResult, score_task
+from lightning_mmembed.retrieval.results import RUN_DEPTH, RetrievalResult, score_task
 from lightning_mmembed.retrieval.search import EXACT, Ranking, Request, SearchSettings, search_pool
 from lightning_mmembed.retrieval.vectors import Vectors
-
-#: Depth of the rankings that are kept and written as TREC runs.
-RUN_DEPTH = 50
 
 
 def evaluate_vectors(

@@ -106,7 +106,8 @@ def write_report(
     """
     sections = _sections(metrics, history, stages, gallery)
     compared = comparison_views(metrics, comparison)
-    page = _template().render(title=title, facts=facts or {}, config=config, comparison=compared, **sections)
+    shown = {"title": title, "facts": facts or {}, "config": config, "comparison": compared}
+    page = template("report.html.j2").render(**shown, **sections)
     # A lone surrogate in a candidate's text must not cost the report.
     return write_atomically(path, page.encode(errors="replace"))
 
@@ -126,7 +127,8 @@ def picture_uri(data: bytes) -> str | None:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; what it is given to show is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -138,7 +140,7 @@ def _template() -> jinja2.Template:
     environment.filters["percent"] = percent
     environment.filters["points"] = points
     environment.filters["picture_uri"] = picture_uri
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _sections(

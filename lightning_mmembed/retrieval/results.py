@@ -15,6 +15,9 @@ from lightning_mmembed.metrics import DEFAULT_METRICS, RetrievalMean, per_query_
 from lightning_mmembed.retrieval.pool import Pool, QuerySet, padded_ids
 from lightning_mmembed.retrieval.search import Ranking
 
+#: Depth of the rankings that are kept and written as TREC runs.
+RUN_DEPTH = 50
+
 #: The pools that are ranked: all tasks' candidates together, and those of the query's task alone.
 POOLS = ("union", "local")
 

@@ -18,6 +18,7 @@ from lightning_mmembed.retrieval.per_query import (
     METRICS_FILE,
     QUERIES_FILE,
     compare_runs,
+    measured,
     read_measured,
     write_queries,
 )
@@ -60,19 +61,27 @@ def record(
         UserInputError: If a run cannot be compared; see :func:`~lightning_mmembed.retrieval.per_query.compare_runs`.
     """
     directory, system = Path(directory), str(facts["system"])
-    metrics = summarise(results, facts)
-    write_queries(directory / QUERIES_FILE, average_prompts(results))
+    metrics, averaged = summarise(results, facts), average_prompts(results)
+    # First: a run that cannot be compared leaves no half of a record.
+    comparison = compare_runs(measured(directory, metrics, averaged), [read_measured(path) for path in compare])
+    write_queries(directory / QUERIES_FILE, averaged)
     write_atomically(directory / METRICS_FILE, json.dumps(metrics, indent=1))
     for number, result in enumerate(results):
         write_runs(directory / "runs" / (f"prompt_{number}" if len(results) > 1 else ""), result, system)
-    title = f"{system}: {facts['split']}, {facts['instruction']}, union pool of {len(results[0].pool):,}"
-    Console().print(metrics_table(metrics, title=title))
-    comparison = compare_runs(read_measured(directory), [read_measured(path) for path in compare])
+    title = f"{system}: {facts['split']}, {facts['instruction']}, union pool of {len(averaged.pool):,}"
+    Console().print(metrics_table(metrics, title=title + _approximate(averaged)))
     if compare:
         Console().print(comparison_table(comparison))
     print(f"metrics: {directory / METRICS_FILE}\nfigures of every query: {directory / QUERIES_FILE}")
     print(f"TREC runs: {directory / 'runs'}")
     return Record(metrics, comparison)
+
+
+def _approximate(result: RetrievalResult) -> str:
+    """What a title says of an approximate search."""
+    found = result.search_info
+    # Not recall@k, which is of the labelled positives.
+    return f", approximate: {found['recall']:.1%} of the exact top {found['k']}" if "recall" in found else ""
 
 
 def write_runs(directory: str | Path, result: RetrievalResult, name: str) -> list[Path]:

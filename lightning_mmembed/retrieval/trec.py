@@ -7,7 +7,7 @@ import gzip
 import logging
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +17,21 @@ from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import decode_id, encode_id
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
-from lightning_mmembed.retrieval.results import POOLS, RetrievalResult, score_task
+from lightning_mmembed.retrieval.results import POOLS, RUN_DEPTH, RetrievalResult, score_task
 from lightning_mmembed.retrieval.search import Ranking
 
 log = logging.getLogger(__name__)
-
-#: Candidates of a run that are kept for each query.
-DEPTH = 50
 
 #: UniIR writes this dataset id where a pool is smaller than the depth of the ranking.
 _PADDING = "-1:"
 _LARGEST = float(np.finfo(np.float32).max)
 
+_COLUMNS = ("qids", "dids", "scores", "files", "lines")
+
 
 @dataclass(frozen=True)
 class TrecRun:
-    """The lines of one or more files of a run, ordered by query, score descending and ``did`` ascending.
+    """Lines of one or more files of a run, ordered by query, score descending and ``did`` ascending.
 
     Args:
         paths: The files.
@@ -57,7 +56,9 @@ class TrecRun:
         return f"{self.paths[self.files[row]]}:{self.lines[row]}"
 
 
-def read_run(*paths: str | Path) -> TrecRun:
+def read_run(
+    *paths: str | Path, depth: int = RUN_DEPTH, left_out: tuple[Sequence[int], Sequence[int]] = ((), ())
+) -> TrecRun:
     """Read the files of one run, compressed with gzip where their name ends in ``.gz``.
 
     A line is ``qid Q0 did rank score tag``; UniIR's seventh column, the task id, and its lines of padding (``-1:...``)
@@ -65,30 +66,56 @@ def read_run(*paths: str | Path) -> TrecRun:
     rank column is not looked at. Equal scores go by the ``did``, dataset and number ascending.
 
     Args:
-        *paths: The files.
+        *paths: The files. One is held in memory at a time; of each only what is kept stays.
+        depth: Candidates that are kept for each query.
+        left_out: Encoded ids of queries and of candidates that the shards left out; their lines are dropped before
+            lists are cut, and a warning tells how many there are.
 
     Raises:
         UserInputError: If a file is missing, a line is malformed or a (qid, did) comes twice; it names file and line.
     """
-    columns = {name: array("q") for name in ("qid", "did", "file", "line")}
-    scores, tags = array("d"), dict[str, None]()
-    for number, path in enumerate(map(Path, paths)):
-        for line, fields in _lines(path):
-            tags[fields[5]] = None
-            if fields[2].startswith(_PADDING):
-                continue
-            qid, did, score = _parsed(fields, f"{path}:{line}")
-            scores.append(score)
-            for name, value in (("qid", qid), ("did", did), ("file", number), ("line", line)):
-                columns[name].append(value)
-    read = {name: np.frombuffer(column, dtype=np.int64) for name, column in columns.items()}
-    rounded = np.frombuffer(scores).astype(np.float32)
-    order = np.lexsort((read["did"], -rounded, read["qid"]))
+    files, tags = tuple(map(Path, paths)), dict[str, None]()
+    parts, lost = [], 0
+    for number in range(len(files)):
+        part = _read_file(files, number, tags)
+        _refuse_duplicates(part)
+        gone = np.isin(part.qids, left_out[0]) | np.isin(part.dids, left_out[1])
+        lost += int(gone.sum())
+        parts.append(_best(_select(part, ~gone), depth))
     tag = next(iter(tags), "run") + (f" and {len(tags) - 1} more" if len(tags) > 1 else "")
-    ordered = (column[order] for column in (read["qid"], read["did"], rounded, read["file"], read["line"]))
-    run = TrecRun(tuple(map(Path, paths)), tag, *ordered)
-    _refuse_duplicates(run)
-    return run
+    if lost:
+        log.warning("%d lines of the run %s name a record that the shards left out; they are dropped", lost, tag)
+    run = _ordered(files, tag, *(np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS))
+    _refuse_duplicates(run)  # over the files
+    return _best(run, depth)
+
+
+def _read_file(files: tuple[Path, ...], number: int, tags: dict[str, None]) -> TrecRun:
+    """Every line of one of the files; its tags are added to ``tags``."""
+    qids, dids, lines, scores = array("q"), array("q"), array("q"), array("d")
+    for line, fields in _lines(files[number]):
+        tags[fields[5]] = None
+        if not fields[2].startswith(_PADDING):
+            qid, did, score = _parsed(fields, f"{files[number]}:{line}")
+            for column, value in ((qids, qid), (dids, did), (lines, line)):
+                column.append(value)
+            scores.append(score)
+    read = (np.frombuffer(column, dtype=np.int64) for column in (qids, dids))
+    rounded = np.frombuffer(scores).astype(np.float32)
+    return _ordered(files, "", *read, rounded, np.full(len(qids), number), np.frombuffer(lines, dtype=np.int64))
+
+
+def _ordered(files: tuple[Path, ...], tag: str, qids: np.ndarray, dids: np.ndarray, *others: np.ndarray) -> TrecRun:
+    order = np.lexsort((dids, -others[0], qids))
+    return TrecRun(files, tag, *(column[order] for column in (qids, dids, *others)))
+
+
+def _select(run: TrecRun, rows: np.ndarray) -> TrecRun:
+    return replace(run, **{name: getattr(run, name)[rows] for name in _COLUMNS})
+
+
+def _best(run: TrecRun, depth: int) -> TrecRun:
+    return _select(run, np.arange(len(run.qids)) - np.searchsorted(run.qids, run.qids) < depth)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -141,7 +168,7 @@ def score_run(
     pool: Pool,
     query_sets: Sequence[QuerySet],
     metrics: Sequence[str] = DEFAULT_METRICS,
-    depth: int = DEPTH,
+    depth: int = RUN_DEPTH,
 ) -> RetrievalResult:
     """Score runs as the rankings of an encoder are scored, whatever system they are of.
 
@@ -226,7 +253,7 @@ def find_runs(run: str | Path, run_pool: str = "union") -> dict[str, list[Path]]
 
     Args:
         run: A file; a pattern such as ``runs/*.run``; or a folder with ``union/*.run`` and ``local/*.run``, or one of
-            these, as an evaluation writes it.
+            these, as an evaluation writes it; or the run directory of an evaluation, which has such a ``runs``.
         run_pool: The pool that a file or a pattern's files are over.
 
     Raises:
@@ -236,7 +263,8 @@ def find_runs(run: str | Path, run_pool: str = "union") -> dict[str, list[Path]]
         raise UserInputError(f"run_pool={run_pool!r} is unknown; write one of {', '.join(POOLS)}")
     path = Path(run)
     if path.is_dir():
-        found = {pool: sorted([*path.glob(f"{pool}/*.run"), *path.glob(f"{pool}/*.run.gz")]) for pool in POOLS}
+        within = path if any((path / pool).is_dir() for pool in POOLS) else path / "runs"
+        found = {pool: sorted([*within.glob(f"{pool}/*.run"), *within.glob(f"{pool}/*.run.gz")]) for pool in POOLS}
     else:
         # A path that names a file is taken as it is: its name may hold characters of a pattern.
         found = {run_pool: [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(run)))]}

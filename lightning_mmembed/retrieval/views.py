@@ -38,6 +38,7 @@ class Cell:
         value: A share; ``None`` if it is not known.
         key: The metric; of a headline the metric that it is for this task.
         interval: 95 % interval of ``value``.
+        spread: Standard deviation over the prompts, where ``value`` is their mean.
         difference: To the first run.
         first: Whether a group of columns starts here.
         headline: Whether it stands in a headline column.
@@ -46,6 +47,7 @@ class Cell:
     value: float | None
     key: str = ""
     interval: tuple[float, float] | None = None
+    spread: float | None = None
     difference: Difference | None = None
     first: bool = False
     headline: bool = False
@@ -116,8 +118,10 @@ def headline_figures(metrics: Mapping[str, Any]) -> list[Figure]:
 
 
 def task_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Column groups ``(pool, keys)``, rows ``(task, direction, cells)`` and summary rows ``(label, cells)``."""
+    """Column groups ``(pool, keys)``, rows ``(task, direction, cells)``, summary rows and the number of prompts."""
     pools = {pool: metrics[pool] for pool in POOLS if (metrics.get(pool) or {}).get("tasks")}
+    prompts = metrics.get("prompts") or {}
+    spreads = {pool: prompts.get(pool, {}).get("headline", {}) for pool in pools}
     groups: list[tuple[str, list[str]]] = []
     for name, pool in pools.items():
         present = {key for row in pool["tasks"].values() for key in row}
@@ -126,24 +130,31 @@ def task_table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     shown = [key for key in SUMMARIES if key == "average" or any(key in pool for pool in pools.values())]
     return {
         "groups": groups,
-        "rows": [(task, direction(task), _task_cells(pools, groups, task)) for task in task_names(pools)],
-        "summaries": [(SUMMARIES[key], _summary_cells(pools, groups, key)) for key in shown],
+        "rows": [(task, direction(task), _task_cells(pools, spreads, groups, task)) for task in task_names(pools)],
+        "summaries": [(SUMMARIES[key], _summary_cells(pools, spreads, groups, key)) for key in shown],
+        "prompts": max((len(spread["average"]["values"]) for spread in spreads.values() if spread), default=0),
     }
 
 
-def _task_cells(pools: Mapping[str, Any], groups: Sequence[tuple[str, list[str]]], task: str) -> list[Cell]:
+def _task_cells(
+    pools: Mapping[str, Any], spreads: Mapping[str, Any], groups: Sequence[tuple[str, list[str]]], task: str
+) -> list[Cell]:
     return _cells(
         groups,
         {name: pool["tasks"].get(task, {}) for name, pool in pools.items()},
         {name: pool.get("headline", {}).get("tasks", {}).get(task) for name, pool in pools.items()},
+        {name: spread.get("tasks", {}).get(task) for name, spread in spreads.items()},
     )
 
 
-def _summary_cells(pools: Mapping[str, Any], groups: Sequence[tuple[str, list[str]]], key: str) -> list[Cell]:
+def _summary_cells(
+    pools: Mapping[str, Any], spreads: Mapping[str, Any], groups: Sequence[tuple[str, list[str]]], key: str
+) -> list[Cell]:
     return _cells(
         groups,
         {name: pool.get(key) or {} for name, pool in pools.items()},
         {name: pool.get("headline", {}).get(key) for name, pool in pools.items()},
+        {name: spread.get(key) for name, spread in spreads.items()},
     )
 
 
@@ -151,6 +162,7 @@ def _cells(
     groups: Sequence[tuple[str, list[str]]],
     shares: Mapping[str, Mapping[str, float]],
     headlines: Mapping[str, Mapping[str, Any] | None],
+    spreads: Mapping[str, Mapping[str, Any] | None],
 ) -> list[Cell]:
     """The cells of one row over all pools."""
     cells = []
@@ -159,8 +171,9 @@ def _cells(
             if key == HEADLINE:
                 found = headlines[pool] or {}
                 interval = (found["low"], found["high"]) if found else None
+                spread = (spreads[pool] or {}).get("std")
                 name = found.get("metric", "")
-                cells.append(Cell(found.get("value"), name, interval, first=not n, headline=True))
+                cells.append(Cell(found.get("value"), name, interval, spread, first=not n, headline=True))
             else:
                 cells.append(Cell(shares[pool].get(key), key, first=not n))
     return cells

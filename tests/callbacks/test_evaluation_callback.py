@@ -231,6 +231,6 @@ def test_two_processes_share_the_parts_and_read_all_of_them(
     stores[0].barrier = lambda: stores[1].embed(encoder, entries[1], pool.fingerprint, made_by, "")
     stores[1].barrier = lambda: None
     vectors = stores[0].embed(encoder, entries[0], pool.fingerprint, made_by, "")
-    assert entries[0].read == [*range(10), *range(20, 30), *range(40, 48)]
-    assert entries[1].read == [*range(10, 20), *range(30, 40)]
+    shares = [[*range(10), *range(20, 30), *range(40, 48)], [*range(10, 20), *range(30, 40)]]
+    assert sorted([entries[0].read, entries[1].read]) == sorted(shares), "each takes every other part"
     torch.testing.assert_close(vectors.read(0, 48), encoder.encode([c.item for c in pool.items]), atol=1e-5, rtol=0)

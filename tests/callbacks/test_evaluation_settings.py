@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from worlds import PROMPTS, tiny_module, tiny_trainer
 
-from lightning_mmembed import MBEIRDataModule, RetrievalEvaluation
+from lightning_mmembed import MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
 from lightning_mmembed.callbacks import RunReport
 from lightning_mmembed.data import Shards, shard_dataset
 from lightning_mmembed.errors import UserInputError
@@ -120,10 +121,27 @@ def test_random_prompts_are_drawn_for_each_query_by_the_seed(
     assert drawn[0] != drawn[1]
 
 
-@pytest.mark.parametrize("instruction", ["first", "", "1"])
-def test_an_unknown_instruction_is_refused(instruction: str) -> None:
-    with pytest.raises(UserInputError, match=f"instruction='{instruction}' is unknown; write a place from 0"):
+@pytest.mark.parametrize("instruction", ["first", "", "1", -1, 0.5])
+def test_an_unknown_instruction_is_refused(instruction: Any) -> None:
+    with pytest.raises(UserInputError, match=f"instruction={instruction!r} is unknown; write a place from 0"):
         RetrievalEvaluation(instruction=instruction)
+
+
+def test_a_metric_that_is_deeper_than_the_rankings_is_refused() -> None:
+    RetrievalEvaluation(metrics=["hit@50"])
+    with pytest.raises(UserInputError, match="metrics: 'recall@100' is deeper than the rankings; write 50 or less"):
+        RetrievalEvaluation(metrics=["hit@5", "recall@100"])
+
+
+@pytest.mark.parametrize("run", ["fit", "validate", "test"])
+def test_a_prompt_that_a_task_lacks_is_refused_before_anything_is_encoded(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MLLMEncoder, "forward", None)
+    trainer = tiny_trainer(tmp_path, callbacks=[RetrievalEvaluation(instruction=7)], max_epochs=1)
+    with pytest.raises(UserInputError, match="instruction=7: pets_task0 has 3 prompts"):
+        getattr(trainer, run)(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards))
+    assert not (tmp_path / "vectors").exists()
 
 
 # --- vectors and search
@@ -172,10 +190,108 @@ def test_runs_that_are_given_are_compared_in_the_terminal_and_in_the_report(
     vectors = by_prompt[0].parent / "vectors"
     evaluate(tiny_checkpoint, tiny_shards, tmp_path / "own", compare=compare, vectors_dir=vectors)
     printed = capsys.readouterr().out
-    assert "union: 1, against own" in printed
-    assert "local: 2, against own" in printed
+    assert "union: 1 (mmembed), against own (mmembed)" in printed
+    assert "local: 2 (mmembed), against own (mmembed)" in printed
     assert 'id="comparison"' in (tmp_path / "own" / "report.html").read_text()
     assert 'id="comparison"' not in (by_prompt[0] / "report.html").read_text(), "a run alone is compared with nothing"
+
+
+def change_protocol(run: Path, copy: Path, **facts: Any) -> Path:
+    shutil.copytree(run, copy)
+    content = json.loads((copy / "metrics.json").read_text())
+    content["protocol"] |= facts
+    (copy / "metrics.json").write_text(json.dumps(content))
+    return copy
+
+
+def change_labels(run: Path, copy: Path) -> Path:
+    shutil.copytree(run, copy)
+    table = pq.read_table(copy / "queries.parquet")
+    column = table.column_names.index("n_positives")
+    pq.write_table(table.set_column(column, "n_positives", [[9] * len(table)]), copy / "queries.parquet")
+    return copy
+
+
+def test_a_run_of_other_data_is_refused_before_anything_is_encoded(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, by_prompt: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MLLMEncoder, "forward", None)
+    refused = {
+        "its split is 'val', here it is 'test'": change_protocol(by_prompt[0], tmp_path / "split", split="val"),
+        "its candidates is 7, here it is": change_protocol(by_prompt[0], tmp_path / "pool", candidates=7),
+        "its shards is '1a', here it is": change_protocol(by_prompt[0], tmp_path / "shards", shards="1a"),
+        "has other labels there": change_labels(by_prompt[0], tmp_path / "labels"),
+    }
+    for message, other in refused.items():
+        with pytest.raises(UserInputError, match=message):
+            evaluate(tiny_checkpoint, tiny_shards, tmp_path / "own", compare=[other])
+    assert not (tmp_path / "own" / "vectors").exists()
+    assert not (tmp_path / "own" / "metrics.json").exists()
+
+
+def test_a_fit_that_validates_does_not_ask_whether_a_run_of_the_test_split_fits(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, by_prompt: list[Path]
+) -> None:
+    callbacks = [RetrievalEvaluation(metrics=METRICS, compare=[by_prompt[0]])]
+    trainer = tiny_trainer(tmp_path, callbacks=callbacks, max_steps=1)
+    module, data = tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8)
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    assert (tmp_path / "metrics.json").is_file()
+
+
+# --- where the weights come from
+
+
+def protocol(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "metrics.json").read_text())["protocol"]
+    return found
+
+
+def test_the_protocol_names_the_shards_and_the_checkpoint(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, by_prompt: list[Path]
+) -> None:
+    assert protocol(by_prompt[0])["shards"] == Shards(tiny_shards).fingerprint
+    assert "checkpoint" not in protocol(by_prompt[0])
+    callbacks = [RetrievalEvaluation(metrics=METRICS, checkpoint="somewhere/best.ckpt")]
+    trainer = tiny_trainer(tmp_path / "given", callbacks=callbacks)
+    trainer.test(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards), verbose=False)
+    assert protocol(tmp_path / "given")["checkpoint"] == "somewhere/best.ckpt"
+    trainer = tiny_trainer(tmp_path / "loaded", callbacks=[RetrievalEvaluation(metrics=METRICS)], max_steps=1)
+    module, data = tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    trainer.test(module, data, ckpt_path=tmp_path / "best.ckpt", verbose=False)
+    assert protocol(tmp_path / "loaded")["checkpoint"] == str(tmp_path / "best.ckpt")
+    trainer.test(module, data, verbose=False)
+    assert "checkpoint" not in protocol(tmp_path / "loaded")
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_a_report_without_training_shows_the_matrix_of_the_evaluation_and_no_stage_of_training(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, run: str
+) -> None:
+    callbacks = [RetrievalEvaluation(metrics=METRICS), RunReport()]
+    trainer = tiny_trainer(tmp_path, callbacks=callbacks)
+    getattr(trainer, run)(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards), verbose=False)
+    page = (tmp_path / "report.html").read_text()
+    split = "val" if run == "validate" else "test"
+    assert re.findall(r"<h3>([^<]*)<small>([^<]*)", page)[0] == (f"{split} split", "24 queries")
+    assert page.count('class="heat"') == 1
+    assert "untrained" not in page
+    assert 'id="curves"' not in page
+
+
+def test_the_stages_of_a_report_are_those_of_the_fit_before_the_test(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    callbacks = [RetrievalEvaluation(metrics=METRICS, before_fit=True), RunReport()]
+    trainer = tiny_trainer(tmp_path, callbacks=callbacks, max_epochs=1)
+    module, data = tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8)
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r"<h3>([^<]*)<small>24 queries", page) == ["untrained", "trained"]
 
 
 def test_a_run_that_is_missing_is_told_before_the_work(tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_shards_from_an_archive_hold_what_those_from_a_folder_hold(
 
 
 @pytest.mark.usefixtures("small_picture_shards")
+def test_a_picture_of_a_folder_is_stored_once_over_all_shards(tiny_source: Path, tmp_path: Path) -> None:
+    names = []
+    for path in shard_dataset(tiny_source, tmp_path / "shards").glob("images-*.tar"):
+        with tarfile.open(path) as tar:
+            names += tar.getnames()
+    pets = (tiny_source / "mbeir_images").rglob("*.*g")
+    assert sorted(names) == sorted(str(path.relative_to(tiny_source)) for path in pets)
+
+
+@pytest.mark.usefixtures("small_picture_shards")
 def test_a_picture_of_an_archive_is_stored_once_and_only_if_a_record_names_it(
     bare: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +152,61 @@ def test_two_workers_write_the_same_bytes_as_none(
     together = shard_dataset(source, tmp_path / "together", samples_per_shard=20, num_workers=2)
     assert tree(together) == tree(alone)
     assert len(tree(alone)) > 12
+
+
+def test_parts_go_by_their_numbers_whatever_their_width(
+    bare: Path, tiny_source: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    parts = write_parts(bare, packed(tiny_source), [n / 103 for n in range(1, 103)])
+    assert sorted(parts)[10:12] == [parts[10], parts[100]], "not the order of names"
+    assert pictures.archive_parts(MBEIRLayout(bare), None) == parts
+    assert pictures.archive_parts(MBEIRLayout(bare), f"{bare}/{NAME}.part-*") == parts
+    assert_same_content(Shards(shard_dataset(bare, tmp_path / "shards")), Shards(tiny_shards))
+
+
+@pytest.mark.parametrize(
+    "suffixes", [["aa", "ab", "zz", "zzaa"], [f"{n:02x}" for n in range(18)]], ids=["letters", "hex"]
+)
+def test_parts_with_other_suffixes_go_by_their_names(bare: Path, suffixes: list[str]) -> None:
+    parts = [bare / f"{NAME}.part-{suffix}" for suffix in suffixes]
+    for part in reversed(parts):
+        part.touch()
+    assert pictures.archive_parts(MBEIRLayout(bare), None) == parts
+    assert pictures.archive_parts(MBEIRLayout(bare), f"{bare}/*.part-*") == parts
+
+
+def test_a_file_beside_the_parts_is_no_part(bare: Path, tiny_source: Path) -> None:
+    parts = write_parts(bare, packed(tiny_source))
+    for name in (".sha256", ".part-00.sha256", ".part-00.aria2", ".parts", ".part-"):
+        (bare / f"{NAME}{name}").write_text("no part")
+    assert pictures.archive_parts(MBEIRLayout(bare), None) == parts
+
+
+@pytest.mark.parametrize("pattern", [None, f"{NAME}*"])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_of_an_archive_and_its_parts_the_larger_is_read_once_and_named(
+    bare: Path, tiny_source: Path, caplog: pytest.LogCaptureFixture, pattern: str | None, missing: int
+) -> None:
+    data = packed(tiny_source)
+    parts = write_parts(bare, data)
+    whole = bare / NAME
+    whole.write_bytes(data[: len(data) - missing])  # it was being put together
+    chosen = pictures.archive_parts(MBEIRLayout(bare), pattern and f"{bare}/{pattern}")
+    assert chosen == (parts if missing else [whole])
+    read, other = (parts[0], whole) if missing else (whole, parts[0])
+    assert caplog.messages == [f"{read} is read and not {other}, which holds the same"]
+
+
+def test_pictures_missing_from_a_folder_beside_the_archive_are_an_error_that_names_the_archive(
+    bare: Path, tiny_source: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    parts = write_parts(bare, packed(tiny_source))
+    shutil.copytree(tiny_source / "mbeir_images", bare / "mbeir_images", ignore=shutil.ignore_patterns("5*"))
+    said = rf"is missing; .*Pictures were read from {bare}/mbeir_images, not from {parts[0]}: if the folder is not all"
+    with pytest.raises(UserInputError, match=said):
+        shard_dataset(bare, tmp_path / "shards")
+    shutil.rmtree(bare / "mbeir_images")
+    assert_same_content(Shards(shard_dataset(bare, tmp_path / "shards")), Shards(tiny_shards))
 
 
 def test_a_pattern_without_a_match_is_named(bare: Path, tmp_path: Path) -> None:
@@ -205,6 +270,22 @@ def test_a_broken_archive_is_named_and_once_mended_gives_the_shards_of_one_that_
     assert Shards(tmp_path / "shards").fingerprint == Shards(whole).fingerprint
 
 
+def test_a_flipped_bit_anywhere_in_a_packed_archive_is_an_error_of_the_archive_or_changes_no_file(
+    tiny_source: Path, tmp_path: Path
+) -> None:
+    data = packed(tiny_source)
+    whole, said = list(pictures.stream_archive(write_parts(tmp_path, data))), []
+    for place in range(10, len(data), len(data) // 60):  # the ten bytes before are gzip's own, some of no meaning
+        broken = bytearray(data)
+        broken[place] ^= 0x40
+        try:  # a code that gzip never uses is of no meaning
+            assert list(pictures.stream_archive(write_parts(tmp_path, bytes(broken)))) == whole
+        except UserInputError as error:
+            said.append(str(error))
+    assert len(said) > 50
+    assert all("the archive ends or breaks after" in message for message in said)
+
+
 @pytest.mark.usefixtures("small_picture_shards")
 def test_finished_shards_are_not_written_again_when_an_archive_is_read_again(
     bare: Path, tiny_source: Path, tmp_path: Path
@@ -219,6 +300,36 @@ def test_finished_shards_are_not_written_again_when_an_archive_is_read_again(
         times.append({path.name: path.stat().st_mtime_ns for path in shards})
     assert times[0] == times[1]
     assert len(times[0]) > 1
+
+
+@pytest.mark.usefixtures("small_picture_shards")
+def test_an_archive_is_not_read_again_to_leave_more_out(
+    bare: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(tiny_source, tmp_path / "other"))
+    (other / "mbeir_images" / "pets_images" / "50.jpg").unlink()
+    write_parts(bare, packed(other))
+    with pytest.raises(UserInputError, match="cannot be used"):
+        shard_dataset(bare, tmp_path / "shards")
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".shards.building").glob("images-*.tar")}
+    monkeypatch.setattr(shard, "stream_archive", lambda parts: pytest.fail("it was read again"))
+    out = shard_dataset(bare, tmp_path / "shards", max_bad_fraction=0.1)
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("images-*.tar")} == first
+
+
+def test_a_shard_that_is_filled_from_an_archive_is_closed_when_it_is_large(
+    bare: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard, "PICTURE_BYTES_PER_SHARD", 1000)
+    write_parts(bare, packed(tiny_source))
+    out = shard_dataset(bare, tmp_path / "shards")
+    sizes = []
+    for path in sorted(out.glob("images-*.tar")):
+        with tarfile.open(path) as tar:
+            sizes.append([member.size for member in tar])
+    assert len(sizes) > 3
+    assert all(sum(of_shard[:-1]) < 1000 for of_shard in sizes)
+    assert all(sum(of_shard) >= 1000 for of_shard in sizes[:-1])
 
 
 def test_an_archive_without_a_picture_that_a_record_names_is_too_bad_and_says_which(bare: Path, tmp_path: Path) -> None:

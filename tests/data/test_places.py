@@ -7,7 +7,11 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_mmembed.data import Shards
+from lightning_mmembed.data import Shards, places
 from lightning_mmembed.data.batches import TrainingBatches
 from lightning_mmembed.data.places import Place
 from lightning_mmembed.errors import UserInputError
@@ -202,6 +206,48 @@ def test_each_file_is_opened_once_and_closed_with_its_place(tiny_shards: Path, m
     for descriptor in opened:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
+
+
+FEW_DESCRIPTORS = """
+import random, resource, sys
+from pathlib import Path
+from lightning_mmembed.data.places import Place
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+place = Place(Path(sys.argv[1]))
+names = [f"{n}.tar" for n in range(300)] * 2
+random.Random(0).shuffle(names)
+place.expect([(name, 0, 4) for name in names])
+assert [place.read_at(name, 1, 2) for name in names] == [f"{int(name[:-4]):04d}"[1:3].encode() for name in names]
+"""
+
+
+def test_more_files_are_read_than_a_process_may_open(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number}.tar").write_text(f"{number:04d}")
+    process = subprocess.run(
+        [sys.executable, "-c", FEW_DESCRIPTORS, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_file_that_makes_room_for_another_is_not_closed_under_a_thread_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "MAX_OPEN_FILES", 1)
+    pread = os.pread
+
+    def slow_pread(descriptor: int, size: int, offset: int) -> bytes:
+        time.sleep(random.random() * 1e-3)  # others close and open files meanwhile
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", slow_pread)
+    for number in range(20):
+        (tmp_path / str(number)).write_text(f"{number:04d}")
+    place = Place(tmp_path)
+    numbers = random.Random(0).choices(range(20), k=800)
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(lambda number: place.read_at(str(number), 0, 4), numbers))
+    assert read == [f"{number:04d}".encode() for number in numbers]
 
 
 # --- what is read next is announced ---------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from worlds import read_lines, write_lines, write_pets
 
-from lightning_mmembed.data import Shards, ShardTexts, shard_dataset
+from lightning_mmembed.data import MBEIRDataModule, Shards, ShardTexts, shard_dataset
 from lightning_mmembed.data.layout import format_text
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import building_directory, file_sha256, replacing
@@ -168,6 +169,54 @@ def test_shards_are_made_again_when_the_source_changed(tmp_path: Path) -> None:
     assert new.pool("test").fingerprint != old.pool("test").fingerprint
 
 
+def test_shards_are_made_again_when_a_picture_that_they_left_out_is_there_at_last(tmp_path: Path) -> None:
+    source = write_pets(tmp_path / "source")
+    pictures = source / "mbeir_images/pets_images"
+    mended = {name: (pictures / name).read_bytes() for name in ("1.png", "50.jpg")}
+    (pictures / "1.png").unlink()
+    (pictures / "50.jpg").write_bytes(b"broken")
+
+    def remade() -> bool:
+        before = (tmp_path / "shards/manifest.json").stat().st_ino
+        shard_dataset(source, tmp_path / "shards", max_bad_fraction=0.5)
+        MBEIRDataModule(tmp_path / "shards", source).prepare_data()
+        return (tmp_path / "shards/manifest.json").stat().st_ino != before
+
+    shard_dataset(source, tmp_path / "shards", max_bad_fraction=0.5)
+    left_out = [bad["record"] for bad in Shards(tmp_path / "shards").manifest["bad_records"]]
+    assert {"77:1001", "train 77:301", "77:1050"} <= set(left_out)
+    assert not remade()
+    (pictures / "1.png").write_bytes(mended["50.jpg"][:100])
+    assert not remade(), "it is there, but as broken as the other"
+    for name in mended:
+        (pictures / name).write_bytes(mended[name])
+        assert remade()
+    assert Shards(tmp_path / "shards").manifest["bad_records"] == []
+    (pictures / "1.png").unlink()
+    assert not remade(), "a picture that is in the shards is not looked at"
+
+
+def test_a_datamodule_takes_the_shards_of_its_source_whatever_made_them(tmp_path: Path) -> None:
+    source = write_pets(tmp_path / "source")
+    archive = shutil.make_archive(str(tmp_path / "elsewhere"), "gztar", source, "mbeir_images")
+    (source / "mbeir_images").rename(tmp_path / "away")
+    line = '{"did": "no id"}'
+    (pool,) = source.glob("cand_pool/global/*")
+    pool.write_text(f"{pool.read_text()}{line}\n")
+    settings: dict[str, Any] = {"max_bad_fraction": 0.5, "samples_per_shard": 7}
+    out = shard_dataset(source, tmp_path / "shards", archive=archive, **settings)
+    before = (out / "manifest.json").stat().st_ino
+    Path(archive).unlink()
+    datamodule = MBEIRDataModule(out, source)
+    datamodule.prepare_data()
+    assert (out / "manifest.json").stat().st_ino == before
+    assert len(datamodule.shards.query_rows("train")) == 48
+    (tmp_path / "away").rename(source / "mbeir_images")
+    pool.write_text(pool.read_text().replace(line, '{"did": "77:9", "modality": "text", "txt": "new"}'))
+    MBEIRDataModule(out, source).prepare_data()
+    assert Shards(out).candidate(encode_id("77:9")).item.text == "New.", "another source"
+
+
 def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tiny_source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserInputError, match="holds other files; give a new or empty folder"):
@@ -281,3 +330,12 @@ def test_pictures_of_the_shards_can_be_decoded(tiny_shards: Path) -> None:
     for candidate in Shards(tiny_shards).pool("test").items:
         if candidate.item.image is not None:
             assert Image.open(io.BytesIO(candidate.item.image)).size == (48, 36)
+
+
+def test_the_task_of_a_row_takes_two_bytes(tiny_shards: Path) -> None:
+    shards = Shards(tiny_shards)
+    names, places = shards._tasks
+    assert (places.shape, places.itemsize) == ((len(shards._index),), 2)
+    assert set(names) == {"", "pets_task0", "pets_task1", "pets_task3", "pets_task7"}
+    rows = shards.query_rows("train")
+    assert [str(name) for name in shards.task_names(rows)] == [shards.query_at(int(row)).task.name for row in rows]

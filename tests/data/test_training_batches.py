@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,27 @@ def test_evaluation_uses_the_prompt_at_the_place_asked_for_or_says_that_there_is
     for index in range(3):
         found = {q.instruction for s in shards.query_sets("test", index) for q in s.queries}
         assert found == {format_text(prompts[index]) for prompts in PROMPTS.values()}
-    with pytest.raises(UserInputError, match="instruction_index=3: pets_task0 has 3 prompts; choose a lower one"):
-        list(shards.query_sets("test", 3)[0].queries)
+    with pytest.raises(UserInputError, match="instruction=3: pets_task0 has 3 prompts; write a place from 0 to 2"):
+        shards.query_sets("test", 3)  # before any record is read
+
+
+def test_a_prompt_that_some_query_lacks_is_refused_before_any_record_is_read(tiny_shards: Path, tmp_path: Path) -> None:
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    for path in shards.rglob("*.tar"):
+        path.unlink()
+    (file,) = shards.rglob("*.tsv")
+    prompt = PROMPTS["image,text", "image"][2]
+    assert Shards(shards).prompt_count("test") == 3
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line.replace(prompt, "") for line in lines))
+    assert Shards(shards).prompt_count("test") == 2
+    assert len(Shards(shards).query_sets("test", 1)) == 4
+    with pytest.raises(UserInputError, match="instruction=2: pets_task7 has 2 prompts; write a place from 0 to 1"):
+        Shards(shards).query_sets("test", 2)
+    file.write_text("\n".join(line for line in lines if prompt not in line))
+    for instruction in (0, "random"):
+        with pytest.raises(UserInputError, match=r"of pets_task7: the instruction file has no line with dataset_id=77"):
+            Shards(shards).query_sets("test", instruction)
 
 
 # --- contract 6: no labelled positive is a negative -----------------------------------------------------------------

@@ -171,6 +171,7 @@ def test_an_edited_fingerprint_or_checksum_of_the_manifest_is_found(damaged: Pat
         ("image_size", 10**8, "has a picture that lies past the end"),
         ("shard", 99, "rows that name another"),
         ("image_shard", 99, "rows that name another"),
+        ("image_shard", -1, "rows that name another"),
         ("id", 77 * 10**10 + 999, "is another record"),
     ],
 )
@@ -184,6 +185,14 @@ def test_an_edited_row_of_the_index_is_found_even_with_its_checksum_made_to_fit(
     assert any("index.parquet" in finding.what for finding in verified(damaged).findings)
     restamp(damaged)
     assert named in " ".join(finding.found for finding in verified(damaged).findings)
+
+
+@pytest.mark.parametrize("column", ["shard", "image_shard"])
+def test_a_row_that_names_the_shard_after_the_last_is_found(damaged: Path, column: str) -> None:
+    number = len(json.loads((damaged / "manifest.json").read_text())["shards"])
+    rewrite_index(damaged, lambda rows: next(row for row in rows if row["image_size"]).update({column: number}))
+    restamp(damaged)
+    assert "1 rows that name another" in " ".join(finding.found for finding in verified(damaged).findings)
 
 
 def test_a_row_that_lost_its_picture_is_found(damaged: Path) -> None:
@@ -213,8 +222,9 @@ def test_an_index_that_cannot_be_read_is_found(damaged: Path, content: bytes | N
 
 def test_swapped_instructions_are_found(damaged: Path) -> None:
     shutil.copyfile(GOLDEN / "instructions" / "query_instructions.tsv", damaged / "instructions.tsv")
-    (finding,) = verified(damaged).findings
-    assert "instructions.tsv" in finding.what
+    prompts, content = verified(damaged).findings
+    assert "instructions.tsv" in content.what
+    assert "the instruction file has no line with dataset_id=77" in prompts.found
     (damaged / "instructions.tsv").unlink()
     assert ("instructions.tsv", "none") in {(f.what, f.found) for f in verified(damaged).findings}
 
@@ -236,7 +246,9 @@ def test_the_miniature_is_not_taken_for_the_benchmark_unless_it_is_said_to_be(
     assert verified(out).findings == []
     findings = verified(out, published=True).findings
     assert {finding.what for finding in findings} == published_sizes().keys()
-    assert all("bad records were left out" in finding.found for finding in findings)
+    assert all(finding.of_source for finding in findings)
+    for record in json.loads((out / "manifest.json").read_text())["bad_records"][:3]:
+        assert record["record"] in verified(out, published=True).report(out)
     assert verified(out, published=False).findings == []
 
 
@@ -250,6 +262,42 @@ def test_shards_of_the_size_of_the_benchmark_are_compared_with_it_unasked(
         monkeypatch.setattr("lightning_mmembed.data.verify.published_sizes", lambda sizes=published: dict(sizes))
         assert {f.what for f in verified(tiny_shards).findings} == (sizes.keys() if factor == 2 else set())
         assert any(count.published for count in verified(tiny_shards).counts) is compared
+
+
+def test_a_record_that_was_left_out_is_named_and_the_shards_are_not_to_be_removed_unless_they_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_pets(tmp_path / "source")
+    whole = verified(shard_dataset(source, tmp_path / "whole", show_progress=False))
+    sizes = {count.what: count.counted for count in whole.counts}
+    monkeypatch.setattr("lightning_mmembed.data.verify.published_sizes", lambda: sizes)
+    (pool,) = source.glob("cand_pool/global/*")
+    write_lines(
+        pool, [{**record, "modality": "x"} if record["did"] == "77:2002" else record for record in read_lines(pool)]
+    )
+    out = shard_dataset(source, tmp_path / "shards", max_bad_fraction=0.01, show_progress=False)
+    verification = verified(out)
+    assert {finding.what for finding in verification.findings} == {"pool train"}
+    report = verification.report(out)
+    assert (
+        "have not M-BEIR's published counts:\n  pool train: expected 48 as published, found 47\n1 record left" in report
+    )
+    assert "cand_pool.jsonl:10: modality='x' is unknown" in report
+    assert "verify with published=false" in report
+    assert "Remove" not in report
+    assert "not sound" not in report
+    flip(out / "candidates-00000.tar", 600)
+    assert "are not sound" in verified(out).report(out)
+    assert f"Remove {out}, then make them again" in verified(out).report(out)
+
+
+def test_queries_that_no_prompt_serves_are_found_even_with_the_checksum_made_to_fit(damaged: Path) -> None:
+    path = damaged / "instructions.tsv"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("image,text")))
+    restamp(damaged)
+    (finding,) = verified(damaged).findings
+    assert finding.what == "instructions.tsv"
+    assert "of pets_task7: the instruction file has no line with dataset_id=77" in finding.found
 
 
 def test_the_lines_of_a_source_are_counted_as_they_are_read(tmp_path: Path) -> None:

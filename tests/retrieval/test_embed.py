@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,30 @@ def test_a_full_disk_is_an_error_that_says_how_to_go_on(encoder: MLLMEncoder, po
 
 def test_no_entries_give_a_matrix_without_rows(encoder: MLLMEncoder, tmp_path: Path) -> None:
     assert run(tmp_path, encoder, []).shape == (0, 32)
+
+
+def test_small_sets_are_spread_over_the_processes(encoder: MLLMEncoder, pool: Pool, tmp_path: Path) -> None:
+    read = [Entries(pool.items[:2]) for _ in range(2)]
+    stores = [VectorStore(tmp_path, rank=rank, world_size=2, show_progress=False) for rank in range(2)]
+    for number in range(16):
+        content = f"shards/test/{number}"
+        stores[0].barrier = partial(stores[1].embed, encoder, read[1], content, "weights", "")
+        assert stores[0].embed(encoder, read[0], content, "weights", "").shape == (2, 32)
+    shares = [len(entries.read) // 2 for entries in read]
+    assert sum(shares) == 16
+    assert min(shares) >= 4
+
+
+@pytest.mark.parametrize("number", range(4))  # with some of them the first process has nothing to compute
+def test_the_first_process_alone_writes_what_a_folder_was_made_of(
+    encoder: MLLMEncoder, pool: Pool, tmp_path: Path, number: int
+) -> None:
+    first, second = (VectorStore(tmp_path, rank=rank, world_size=2, show_progress=False) for rank in range(2))
+    arguments = (encoder, pool.items[:2], f"shards/test/{number}", "weights", "")
+    written = []
+    second.barrier = lambda: written.append(len(list(tmp_path.glob("*/made_of.json"))))
+    for rank in (second, first):
+        with contextlib.suppress(UserInputError):  # the part of the other is not there yet
+            rank.embed(*arguments)
+    second.embed(*arguments)
+    assert written == [0, 1]

@@ -59,7 +59,7 @@ def test_a_run_is_compared_with_itself_by_values_and_intervals_of_its_metrics_fi
     (union, local) = compared(tmp_path / "own")
     for row, pool in ((union, "union"), (local, "local")):
         headline = content[pool]["headline"]
-        assert (row.name, row.pool, row.source, row.differences) == ("own", pool, "", {})
+        assert (row.name, row.pool, row.source, row.differences) == ("own (judged)", pool, "", {})
         assert row.values.keys() == row.intervals.keys() == {*TASKS, "average", "single_modal", "multi_modal"}
         assert row.values["average"] == headline["average"]["value"]
         assert row.intervals["pets_task3"] == tuple(headline["tasks"]["pets_task3"][end] for end in ("low", "high"))
@@ -99,10 +99,14 @@ def test_the_order_of_rows_and_tasks_does_not_matter(tmp_path: Path) -> None:
     assert [row.differences for row in plain] == [row.differences for row in shuffled]
 
 
-def test_runs_are_named_by_their_folder_and_by_their_path_where_folders_share_a_name(tmp_path: Path) -> None:
-    for name in ("a/run", "b/run", "b/other"):
+def test_runs_are_named_by_their_folder_and_checkpoint_or_system_and_by_their_path_where_these_are_the_same(
+    tmp_path: Path,
+) -> None:
+    for name in ("a/run", "b/run"):
         evaluated(tmp_path / name)
-    assert {row.name for row in compared(tmp_path / "a/run", tmp_path / "b/other")} == {"run", "other"}
+    evaluated(tmp_path / "b/other", facts={**FACTS, "checkpoint": "logs/train/best.ckpt"})
+    names = {row.name for row in compared(tmp_path / "a/run", tmp_path / "b/other")}
+    assert names == {"run (judged)", "other (best.ckpt)"}
     names = [str(tmp_path / "a/run"), str(tmp_path / "b/run")]
     assert [row.name for row in compared(tmp_path / "a/run", tmp_path / "b/run")] == names * 2
 
@@ -111,7 +115,8 @@ def test_a_pool_that_one_of_the_two_lacks_is_not_compared(tmp_path: Path) -> Non
     evaluated(tmp_path / "both")
     evaluated(tmp_path / "one", pools=("union",))
     rows = compared(tmp_path / "both", tmp_path / "one")
-    assert [(row.name, row.pool) for row in rows] == [("both", "union"), ("one", "union"), ("both", "local")]
+    both, one = "both (judged)", "one (judged)"
+    assert [(row.name, row.pool) for row in rows] == [(both, "union"), (one, "union"), (both, "local")]
     evaluated(tmp_path / "none", pools=("local",))
     with pytest.raises(UserInputError, match="is over the local pool, this run over the union pool"):
         compared(tmp_path / "one", tmp_path / "none")
@@ -157,6 +162,38 @@ def test_runs_over_other_data_are_refused_with_the_reason(tmp_path: Path) -> Non
         compare_runs(own, [read_measured(tmp_path / "tasks")])
 
 
+def test_runs_are_compared_by_the_fingerprint_of_their_shards_where_both_tell_it(tmp_path: Path) -> None:
+    for name, facts in (
+        ("own", {"shards": "1a"}),
+        ("same", {"shards": "1a"}),
+        ("older", {}),
+        ("other", {"shards": "2b"}),
+    ):
+        evaluated(tmp_path / name, facts={**FACTS, **facts})
+    assert len(compared(tmp_path / "own", tmp_path / "same", tmp_path / "older")) == 6
+    assert len(compared(tmp_path / "older", tmp_path / "other")) == 4
+    with pytest.raises(UserInputError, match=r"other': its shards is '2b', here it is '1a'; evaluate both on the same"):
+        compared(tmp_path / "own", tmp_path / "other")
+
+
+def test_a_record_that_cannot_be_compared_is_not_begun(tmp_path: Path) -> None:
+    evaluated(tmp_path / "val", facts={**FACTS, "split": "val"})
+    with pytest.raises(UserInputError, match="its split is 'val', here it is 'test'"):
+        record(tmp_path / "own", [judged_result()], FACTS, [tmp_path / "val"])
+    assert not (tmp_path / "own").exists()
+
+
+def test_the_title_of_an_approximate_search_says_so_and_how_much_was_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = judged_result()
+    record(tmp_path / "exact", [result], FACTS)
+    assert "approximate" not in capsys.readouterr().out
+    found = {"backend": "ivf", "k": 50, "recall": 0.98765}
+    record(tmp_path / "ivf", [RetrievalResult(result.pool, result.tasks, found)], FACTS)
+    assert "approximate: 98.8% of the exact top 50" in " ".join(capsys.readouterr().out.split())
+
+
 def test_files_that_are_missing_or_not_of_one_evaluation_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match=r"compare='.*nothing': .*nothing/metrics\.json is missing"):
         read_measured(tmp_path / "nothing")
@@ -180,10 +217,10 @@ def test_a_record_names_system_split_and_instruction_and_prints_the_comparison(
     written = record(tmp_path / "own", [judged_result(seed, pool) for seed in range(2)], facts, [tmp_path / "other"])
     printed = capsys.readouterr().out
     assert "mine: test, mean of prompts 0 to 1" in printed
-    assert "union: other, against own" in printed
+    assert "union: other (judged), against own (mine)" in printed
     assert json.loads((tmp_path / "own" / "metrics.json").read_text()) == written.metrics
     assert [(row.name, row.pool) for row in written.comparison] == [
-        (name, pool) for pool in POOLS for name in ("own", "other")
+        (name, pool) for pool in POOLS for name in ("own (mine)", "other (judged)")
     ]
     runs = sorted(path.relative_to(tmp_path / "own/runs") for path in (tmp_path / "own/runs").rglob("*.run"))
     assert [str(path) for path in runs] == sorted(

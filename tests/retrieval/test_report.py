@@ -171,6 +171,16 @@ def test_the_stages_are_compared_by_wanted_modality_with_their_change(page: Node
     assert rows["task averageunion hit@5"] == ["25.0", "\u2013"]
 
 
+def test_a_single_measurement_has_a_heat_table_and_no_change_by_stage(tmp_path: Path) -> None:
+    single = parse(write_report(tmp_path / "r.html", title="", metrics={}, stages=STAGES[:1]))
+    modality = single.section("modality")
+    assert modality is not None
+    assert len(modality.all("table", "heat")) == len(modality.all("table")) == 1
+    assert "before and after mining" not in modality.text
+    unranked = write_report(tmp_path / "s.html", title="", metrics={}, stages=[Stage("local pools only", {}, {})])
+    assert parse(unranked).section("modality") is None
+
+
 def test_every_logged_group_has_a_chart_with_its_last_value(page: Node) -> None:
     charts = {chart.all("h3")[0].text: chart for chart in page.all("div", "chart")}
     assert list(charts) == ["Training loss", "Learning rate", "hit@5"]

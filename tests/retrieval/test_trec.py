@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import ir_measures
+import numpy as np
 import pytest
 import torch
 from ir_measures import RR, R, Success, nDCG
@@ -143,6 +144,33 @@ def test_lists_are_cut_at_the_depth_after_sorting(tmp_path: Path) -> None:
         score_run({"union": read_run(tmp_path / "x.run")}, *world(), ["hit@5"], depth=4)
 
 
+@pytest.mark.parametrize("n_files", [1, 3])
+def test_of_each_query_no_more_lines_are_kept_than_the_depth_and_those_are_the_best(
+    tmp_path: Path, n_files: int
+) -> None:
+    lines = tied_lines("union")
+    paths = [write(tmp_path / f"{n}.run", lines[n::n_files]) for n in range(n_files)]
+    whole, cut = read_run(*paths), read_run(*paths, depth=6)
+    rank = np.arange(len(whole.qids)) - np.searchsorted(whole.qids, whole.qids)
+    for name in ("qids", "dids", "scores", "files", "lines"):
+        assert getattr(cut, name).tolist() == getattr(whole, name)[rank < 6].tolist()
+        assert getattr(cut, name).base is None, "a view would hold the lines that were dropped"
+    first = [read_run(path, depth=6) for path in paths]
+    assert len(cut.qids) <= sum(len(part.qids) for part in first) < len(lines) / 2
+
+
+def test_lists_are_cut_after_lines_of_records_that_were_left_out_are_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.run", [f"9:300 Q0 {did} 1 {-place} x" for place, did in enumerate(DIDS)])
+    run = read_run(path, depth=3, left_out=([], [encode_id("9:1001")]))
+    assert [decode_id(code) for code in run.dids.tolist()] == ["9:1000", "9:1002", "9:1003"]
+
+
+def test_a_candidate_that_comes_twice_in_a_file_is_found_below_the_depth_too(tmp_path: Path) -> None:
+    lines = [f"9:300 Q0 {did} 1 {-place} x" for place, did in enumerate([*DIDS, DIDS[-1]])]
+    with pytest.raises(UserInputError, match=r"x\.run:61: query 9:300 has did 9:1059 once more, after .*x\.run:60"):
+        read_run(write(tmp_path / "x.run", lines), depth=2)
+
+
 def test_queries_that_a_run_lacks_score_zero_and_tasks_that_it_lacks_are_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,6 +241,33 @@ def test_what_is_not_in_the_pool_or_the_split_is_named_by_its_line(
     assert message in str(error.value)
 
 
+def test_lines_of_records_that_the_shards_left_out_are_dropped_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = tied_lines("union")
+    broken = [f"{line.split()[0]} Q0 9:7 1 9.5 x" for line in lines[::30]]  # 9:7 ranks first, and is a positive too
+    broken = [*dict.fromkeys(broken), "9:1 Q0 9:1000 1 0.5 x", "9:1 Q0 9:7 2 0.5 x"]
+    path = write(tmp_path / "x.run", [*broken, *lines])
+    with pytest.raises(UserInputError, match="is no query of the test split"):
+        scored(read_run(path))
+    with caplog.at_level(logging.WARNING):
+        kept = read_run(path, left_out=([encode_id("9:1")], [encode_id("9:7")]))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{len(broken)} lines of the run x and 1 more name a record that the shards left out; they are dropped"
+    ]
+    expected = scored(read_run(write(tmp_path / "y.run", lines)))
+    assert scored(kept).metrics == expected.metrics
+    for row in range(len(kept.lines)):  # a line keeps its number, so that an unknown did is named by it
+        assert [*broken, *lines][kept.lines[row] - 1].split()[2] == decode_id(int(kept.dids[row]))
+
+
+def test_a_did_that_is_unknown_is_refused_even_where_others_were_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.run", ["9:300 Q0 9:7 1 0.5 x", "9:300 Q0 9:8 2 0.4 x"])
+    with pytest.raises(UserInputError) as error:
+        scored(read_run(path, left_out=([], [encode_id("9:7")])))
+    assert str(error.value).startswith(f"{path}:2: did='9:8' is not in the test pool")
+
+
 def test_an_empty_or_damaged_or_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="holds no line"):
         scored(read_run(write(tmp_path / "empty.run", [])))
@@ -234,6 +289,9 @@ def test_a_file_a_pattern_and_a_folder_are_found(tmp_path: Path) -> None:
     assert find_runs(str(tmp_path / "*" / "a.run")) == {
         "union": [tmp_path / "local" / "a.run", tmp_path / "union" / "a.run"]
     }
+    write(tmp_path / "evaluation" / "runs" / "local" / "a.run", [])
+    (tmp_path / "evaluation" / "metrics.json").write_text("{}")
+    assert find_runs(tmp_path / "evaluation") == {"local": [tmp_path / "evaluation/runs/local/a.run"]}
     for wrong in (tmp_path / "union", tmp_path / "nothing", tmp_path / "*.run"):
         with pytest.raises(UserInputError, match="is neither a file, nor a pattern"):
             find_runs(wrong)

@@ -171,6 +171,20 @@ def test_the_task_table_shows_headlines_and_the_means_of_both_kinds_of_queries(t
     }
 
 
+def test_of_several_prompts_the_task_table_shows_the_spread_of_the_headline(tmp_path: Path) -> None:
+    spread = {"values": [0.49, 0.5, 0.51], "mean": 0.5, "std": 0.0123, "min": 0.49, "max": 0.51}
+    headline = {"tasks": {"mscoco_task0": spread}, "average": {**spread, "std": 0.004}}
+    table = section(page(tmp_path, {"union": UNION, "prompts": {"union": {"headline": headline}}}), "tasks")
+    assert rows(table) == {
+        "mscoco_task0": ["@5 50.0 48.0-52.0 ± 1.2", "50.0"],
+        "fashioniq_task7": ["@10 30.0 28.0-32.0", "25.0"],
+        "average": ["40.0 38.5-41.5 ± 0.4", "37.5"],
+        "single-modal queries": ["50.0 48.0-52.0", "50.0"],
+    }
+    assert "the mean of 3 prompts" in table.text
+    assert "prompts" not in section(page(tmp_path, {"union": UNION}), "tasks").text
+
+
 def test_errors_are_shares_of_the_misses(tmp_path: Path) -> None:
     none = dict.fromkeys(MISSES, 0)
     errors = {"tasks": {"zoo_task3": none, "cirr_task7": MISSES}, "all": MISSES}
@@ -196,11 +210,11 @@ def test_only_tasks_with_unreachable_positives_are_listed(tmp_path: Path) -> Non
 def test_the_protocol_is_told_and_is_no_pool(tmp_path: Path) -> None:
     metrics = {
         "union": UNION,
-        "protocol": {"split": "test", "n_queries": 190573},
+        "protocol": {"split": "test", "n_queries": 190573, "search_recall": 0.98765432},
         "prompts": {"tasks": {"x_task0": {}}},
     }
     whole = page(tmp_path, metrics)
-    assert whole.all("p", "protocol")[0].text == "Protocol: split test n queries 190,573"
+    assert whole.all("p", "protocol")[0].text == "Protocol: split test n queries 190,573 search recall 0.9877"
     assert list(rows(section(whole, "tasks"))) == [*UNION["tasks"], "average", "single-modal queries"]
 
 

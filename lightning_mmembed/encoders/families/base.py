@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, PretrainedConfig
 
+from lightning_mmembed.errors import UserInputError
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -41,6 +43,9 @@ class Family:
         language_model: Name of the language model in the backbone; its output is after the final norm.
         image_processor: Transformers' own, saved along with the encoder.
         image_token_id: The id whose embeddings are replaced by the picture's.
+
+    Raises:
+        UserInputError: If the tokenizer has no special token of the id that the configuration gives pictures.
     """
 
     model_types: tuple[str, ...] = ()
@@ -52,14 +57,18 @@ class Family:
         self.image_processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             path, backend="pil", trust_remote_code=False
         )
-        self.image_token_id = int(config.image_token_id)
+        self.image_token_id = special_id(path, tokenizer, int(config.image_token_id))
 
     def settings(self) -> dict[str, Any]:
         """What a vector depends on besides the weights, for its fingerprint."""
         return {"family": type(self).__name__, "pictures": self.image_processor.to_dict()}
 
     def picture(self, image: Image.Image) -> Picture:
-        """Prepare an RGB picture on the CPU."""
+        """Prepare an RGB picture on the CPU.
+
+        Raises:
+            UserInputError: If the family cannot take a picture of that shape.
+        """
         raise NotImplementedError
 
     def states(self, backbone: nn.Module, ids: Tensor, mask: Tensor, pictures: Mapping[str, Tensor]) -> Tensor:
@@ -93,13 +102,14 @@ class SquareView(Family):
     def __init__(self, path: str, config: PretrainedConfig, tokenizer: Any) -> None:
         super().__init__(path, config, tokenizer)
         vision: Any = config.vision_config
-        self.size, self.resample = int(vision.image_size), int(self.image_processor.resample)
+        self.size, self.resample = side(vision.image_size), int(self.image_processor.resample)
+        self.patches = (self.size // side(vision.patch_size)) ** 2
         self.mean, self.std = list(self.image_processor.image_mean), list(self.image_processor.image_std)
-        self.token_ids = self.placeholder(config, tokenizer)
+        self.token_ids = self.placeholder(path, config, tokenizer)
 
-    def placeholder(self, config: PretrainedConfig, tokenizer: Any) -> list[int]:
-        """The ids that stand for any picture."""
-        raise NotImplementedError
+    def placeholder(self, path: str, config: Any, tokenizer: Any) -> list[int]:
+        """The ids that stand for any picture: by default one for each patch."""
+        return [self.image_token_id] * self.patches
 
     def picture(self, image: Image.Image) -> Picture:
         """See :meth:`Family.picture`; the pixels are ``(1, 3, S, S)`` uint8."""
@@ -117,49 +127,42 @@ class SquareView(Family):
         return (pixels.float() / 255 - mean) / std
 
 
-class LlavaNext(SquareView):
-    """LLaVA-NeXT as MM-Embed runs it: the global view only, then ``image_newline``.
+def side(size: int | Sequence[int]) -> int:
+    """The side of a square that a configuration gives as one number or as two."""
+    return int(size if isinstance(size, int) else size[0])
 
-    The model's own ``forward`` expects the AnyRes tiles that MM-Embed drops, so tower, projector and language model
-    are called here. The id of the image token may lie outside the embedding table.
+
+def special_id(path: str, tokenizer: Any, token: str | int) -> int:
+    """The id of a special token that is given by its text or by its id.
+
+    Raises:
+        UserInputError: If the tokenizer has no such token.
     """
-
-    model_types = ("llava_next",)
-
-    def placeholder(self, config: PretrainedConfig, tokenizer: Any) -> list[int]:
-        """One position a patch, and one for ``image_newline`` after them."""
-        vision: Any = config.vision_config
-        class_token = config.vision_feature_select_strategy == "full"
-        return [self.image_token_id] * int((vision.image_size // vision.patch_size) ** 2 + class_token + 1)
-
-    def states(self, backbone: nn.Module, ids: Tensor, mask: Tensor, pictures: Mapping[str, Tensor]) -> Tensor:
-        """See :meth:`Family.states`."""
-        model: Any = backbone
-        is_image = ids == self.image_token_id
-        embeddings = model.get_input_embeddings()(ids.masked_fill(is_image, 0))
-        if pictures:
-            pixels = self.normalised(pictures["pixel_values"]).to(embeddings.dtype)
-            features = self.image_features(model, pixels).to(embeddings.dtype)
-            embeddings = embeddings.masked_scatter(is_image.unsqueeze(-1), features)
-        states: Tensor = model.language_model(
-            inputs_embeds=embeddings, attention_mask=mask, use_cache=False
-        ).last_hidden_state
-        return states
-
-    def image_features(self, model: Any, pixels: Tensor) -> Tensor:
-        """``(I, P, D)`` embeddings of ``(I, 3, S, S)`` normalised pictures."""
-        layer = model.config.vision_feature_layer
-        states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        picked = states[layer] if isinstance(layer, int) else torch.cat([states[i] for i in layer], -1)
-        if model.config.vision_feature_select_strategy == "default":
-            picked = picked[:, 1:]
-        features = model.multi_modal_projector(picked)
-        return torch.cat([features, model.image_newline.to(features).expand(len(features), 1, -1)], 1)
+    for number, known in tokenizer.added_tokens_decoder.items():
+        if token in (number, str(known)):
+            return int(number)
+    raise UserInputError(
+        f"checkpoint {path!r}: its tokenizer has no special token {token!r}, which stands for a picture in its "
+        "config.json; give the checkpoint the tokenizer that its model was trained with"
+    )
 
 
-FAMILIES: Sequence[type[Family]] = (LlavaNext,)
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that a family writes beside its pictures."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
-def family_of(config: PretrainedConfig) -> type[Family] | None:
-    """The family that a configuration belongs to, or ``None`` for an unknown one."""
-    return next((family for family in FAMILIES if config.model_type in family.model_types), None)
+def prepared(image_processor: Any, image: Image.Image, **options: Any) -> dict[str, Tensor]:
+    """What transformers' own image processor makes of one picture.
+
+    Raises:
+        UserInputError: If it refuses the picture.
+    """
+    try:
+        return dict(image_processor(images=image, return_tensors="pt", **options))
+    except ValueError as error:
+        width, height = image.size
+        raise UserInputError(
+            f"a picture of {width} x {height} pixels is refused by {type(image_processor).__name__}: {error}"
+        ) from error
