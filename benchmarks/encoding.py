@@ -5,10 +5,10 @@
 The checkpoint is a Gemma 3 with random weights: for that family transformers' own processor makes of a picture what
 ours does, and a chat template can write our prompt, so that both compute the same vectors, which is asserted. On its
 side stand its own modules: ``Transformer`` with the multimodal processor, ``Pooling`` and ``Normalize``, its batches
-of 32 and its own sorting by length. On ours ``encode_document`` with its defaults. Both use float32, one thread more
-or less as torch was told (``OMP_NUM_THREADS``), transformers' image processor without torchvision, and pictures that
-are in memory. Rounds alternate, so that a machine whose speed drifts slows both; the figures are medians, of the rates
-and of the ratios within a round. Memory is measured in processes of their own, from start to end, libraries included.
+of 32 and its own sorting by length. On ours ``encode_document`` with its defaults. Both use float32, as many threads as
+``OMP_NUM_THREADS`` says, PIL to resize pictures, and pictures that are in memory. Rounds alternate, so that a machine whose speed drifts slows both; the figures are medians, of the rates
+and of the ratios within a round, by the clock and by CPU time, which other work on the machine disturbs less. Memory is
+measured in processes of their own, from start to end, libraries included.
 
 sentence-transformers sorts by characters, and for it a picture is as long as it has pixels. So there are two pools:
 one with pictures of 256 pixels on the short side and many aspect ratios, as M-BEIR has them, and one with pictures of a
@@ -162,24 +162,26 @@ def compare(folder: Path, count: int, sizes: str) -> None:
         sys.exit(f"the vectors differ by {off:.1e}")
     model, encode = parts["ours"]
     tokens = positions(model, partial(encode, batch_size=1), pool)  # nothing to pad
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    times: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for number in range(ROUNDS):
         for method, (_, encode) in parts.items():
-            start = time.perf_counter()
+            clock, cpu = time.perf_counter(), time.process_time()
             encode(pool)
-            seconds[method].append(time.perf_counter() - start)
-        print(f"round {number}: " + ", ".join(f"{m} {s[-1]:.2f} s" for m, s in seconds.items()), file=sys.stderr)
+            times[method].append((time.perf_counter() - clock, time.process_time() - cpu))
+        print(f"round {number}: " + ", ".join(f"{m} {t[-1][0]:.2f} s" for m, t in times.items()), file=sys.stderr)
     print(f"{count} items, pictures of {sizes}: vectors differ by {off:.1e} at most, {tokens} tokens")
     for method, (model, encode) in parts.items():
         padded = positions(model, encode, pool)
-        rss = memory(method, folder, count, sizes)
+        found = memory(method, folder, count, sizes)
         print(
-            f"  {method}: {count / statistics.median(seconds[method]):.1f} items/s, {padded} positions "
-            f"({100 * (padded / tokens - 1):.1f} % padding), peak {rss['peak']:.0f} MiB, "
-            f"{rss['encoding']:.0f} of them for encoding"
+            f"  {method}: {count / statistics.median(clock for clock, _ in times[method]):.1f} items/s, {padded} "
+            f"positions ({100 * (padded / tokens - 1):.1f} % padding), peak {found['peak']:.0f} MiB, "
+            f"{found['encoding']:.0f} of them for encoding"
         )
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(f"  ours / sentence-transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for which, name in enumerate(("the clock", "CPU time")):
+        ratios = [theirs[which] / ours[which] for ours, theirs in zip(*times.values(), strict=True)]
+        summary = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"  ours / sentence-transformers by {name}: {summary}", flush=True)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mmembed.encoders.adapters import check_base, fingerprints, frozen_names, shapes, without_frozen
 from lightning_mmembed.errors import UserInputError
@@ -17,8 +18,13 @@ FROZEN = "frozen_weights"
 
 
 def drop_frozen(encoder: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Replace the frozen weights of the encoder in a checkpoint by their fingerprints."""
-    frozen = frozen_names(encoder)
+    """Replace the frozen weights of the encoder in a checkpoint by their fingerprints.
+
+    A sharded encoder keeps all of them: its strategy reads them back by itself and misses none.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in encoder.parameters()):
+        return
+    frozen = {name for name in frozen_names(encoder) if PREFIX + name in checkpoint["state_dict"]}
     if frozen:
         checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], {PREFIX + name for name in frozen})
         checkpoint[FROZEN] = fingerprints(encoder, frozen)

@@ -94,7 +94,8 @@ class RetrievalModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make sure that the weights that a checkpoint left out are those of this encoder."""
-        restore_frozen(self.encoder, checkpoint)
+        if "state_dict" in checkpoint:  # strategies that shard the model have read the weights already
+            restore_frozen(self.encoder, checkpoint)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and the scheduler."""

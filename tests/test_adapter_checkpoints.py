@@ -17,6 +17,8 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from test_cli import composed, tiny_paths
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from worlds import ARCHITECTURE, tiny_module, tiny_trainer
 
 from lightning_mmembed import Item, MBEIRDataModule, MLLMEncoder, RetrievalModule
@@ -262,6 +264,18 @@ def test_a_checkpoint_of_another_base_is_refused(tiny_shards: Path, tiny_checkpo
     with pytest.raises(UserInputError, match=f"ckpt_path='.*last.ckpt' was {told}"):
         load_encoder_weights(other.encoder, tmp_path / "last.ckpt")
     assert all(torch.equal(value, before[name]) for name, value in weights(other.encoder).items())
+
+
+def test_a_checkpoint_of_a_sharded_encoder_keeps_every_weight(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    module = module_with_lora(tiny_checkpoint)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    fully_shard(module.encoder, mesh=init_device_mesh("cpu", (1,)))
+    weights = module.state_dict()
+    checkpoint = {"state_dict": dict(weights)}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint.keys() == {"state_dict"}
+    assert checkpoint["state_dict"].keys() == weights.keys()
+    module.on_load_checkpoint({"epoch": 3})  # the strategy has taken the weights out
 
 
 def test_a_saved_adapter_is_refused_on_another_base(tiny_checkpoint: Path, tmp_path: Path) -> None:

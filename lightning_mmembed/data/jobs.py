@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mmembed.data.pictures import picture_problem
+from lightning_mmembed.data.pictures import extracted_picture, picture_problem
 from lightning_mmembed.data.tars import IndexedTar
 from lightning_mmembed.files import replacing
 from lightning_mmembed.items import Modality, decode_id
@@ -82,8 +82,8 @@ class ShardJobs(Dataset[Any]):
         places: list[tuple[int, int | None, int | None, str | None, int]] = []
         with replacing(self.directory / f"images-{job.shard:05d}.tar") as path, IndexedTar(path) as tar:
             for number, name, data in job.pictures:
-                if data is None and (self.source / name).is_file():
-                    data = (self.source / name).read_bytes()
+                if data is None:
+                    data = extracted_picture(self.source, name)
                 problem = picture_problem(data)
                 if problem is None and data is not None:
                     places.append((job.shard, tar.add(name, data), len(data), None, number))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mmembed.data.layout import SPLITS, MBEIRLayout
-from lightning_mmembed.data.pictures import picture_problem
+from lightning_mmembed.data.pictures import extracted_picture, picture_problem
 from lightning_mmembed.data.places import Place
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
@@ -128,8 +128,7 @@ def has_mended_pictures(manifest: dict[str, Any], layout: MBEIRLayout) -> bool:
     Other pictures are not looked at, nor an archive, of which nothing less than all can be read.
     """
     for name in [] if manifest["archive"] else manifest["broken_pictures"]:
-        path = layout.source / name
-        if path.is_file() and picture_problem(path.read_bytes()) is None:
+        if picture_problem(extracted_picture(layout.source, name)) is None:
             log.info("picture %s can be used now: the shards that left its records out are made again", name)
             return True
     return False

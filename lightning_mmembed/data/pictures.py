@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import io
@@ -141,6 +142,17 @@ class _Concatenated(io.RawIOBase):
                 self._file = None
             count += read
         return count
+
+
+def extracted_picture(source: Path, name: str) -> bytes | None:
+    """The bytes of a picture in a source's folder; None where it is missing."""
+    path = source / name
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # then there is no such file
+            return None
+        raise
 
 
 def picture_problem(data: bytes | None) -> str | None:

@@ -50,7 +50,7 @@ def shapes(encoder: nn.Module) -> dict[str, tuple[int, ...]]:
 def fingerprints(encoder: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Fingerprints of some parameters: of shape and of a few thousand values each, rounded to bfloat16.
 
-    They are the same whatever the type that the weights were loaded in. A quantised weight has an empty one, which
+    They are the same for weights loaded in float32 and in bfloat16. A quantised weight has an empty one, which
     fits any: an adapter that was trained on a quantised base may be used on the base itself.
     """
     parameters = dict(encoder.named_parameters())

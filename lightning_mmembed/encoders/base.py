@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_mmembed.encoders.processor import EncoderInputs, ItemProcessor
+from lightning_mmembed.encoders.processor import Bucket, EncoderInputs, ItemProcessor
 from lightning_mmembed.encoders.prompts import Entry
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Candidate, Item, Query
@@ -41,7 +42,7 @@ class EncodeOptions(TypedDict, total=False):
 
 
 class Encoder(nn.Module):
-    """A bi-encoder: subclasses say in ``forward`` how prepared items become vectors.
+    """A bi-encoder: subclasses say in ``encode_bucket`` how prepared items become vectors.
 
     Attributes:
         processor: Turns items into the inputs of ``forward``.
@@ -65,6 +66,23 @@ class Encoder(nn.Module):
     def tokens_per_batch(self) -> int:
         """Positions of a pass where nobody says otherwise, padding and pictures counted; it goes by the device."""
         return CPU_TOKENS if self.device.type == "cpu" else TOKENS
+
+    def forward(self, inputs: EncoderInputs) -> Tensor:
+        """Encode prepared items.
+
+        Args:
+            inputs: What :attr:`processor` made of ``N`` items.
+
+        Returns:
+            ``(N, D)`` unit vectors in float32, in the order of the items.
+        """
+        rows = torch.cat([self.encode_bucket(bucket) for bucket in inputs.buckets])
+        vectors = torch.zeros_like(rows).index_copy(0, inputs.order, rows)
+        return F.normalize(vectors, dim=-1)
+
+    def encode_bucket(self, bucket: Bucket) -> Tensor:
+        """Encode the ``B`` items of one pass to ``(B, D)`` vectors in float32 of any length."""
+        raise NotImplementedError
 
     @overload
     def encode_query(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, PretrainedConfig
@@ -20,7 +19,7 @@ from transformers import AutoImageProcessor, PretrainedConfig
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.families import Family, Picture
 from lightning_mmembed.encoders.loading import load_backbone, load_config, load_tokenizer, reading
-from lightning_mmembed.encoders.processor import Bucket, EncoderInputs, ItemProcessor
+from lightning_mmembed.encoders.processor import Bucket, ItemProcessor
 from lightning_mmembed.encoders.prompts import Entry, PromptTokenizer, Tokens, item_of
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Query
@@ -98,13 +97,8 @@ class DualEncoder(Encoder):
         self.processor.family.image_processor.save_pretrained(directory)
         return directory
 
-    def forward(self, inputs: EncoderInputs) -> Tensor:
-        """Encode prepared items to ``(N, D)`` unit vectors in float32, in their order."""
-        rows = torch.cat([self._encode_bucket(bucket) for bucket in inputs.buckets])
-        vectors = torch.zeros_like(rows).index_copy(0, inputs.order, rows)
-        return F.normalize(vectors, dim=-1)
-
-    def _encode_bucket(self, bucket: Bucket) -> Tensor:
+    def encode_bucket(self, bucket: Bucket) -> Tensor:
+        """See :meth:`Encoder.encode_bucket`."""
         has_picture = (bucket.input_ids == _PATCH).any(1)
         read = bucket.attention_mask * (bucket.input_ids != _PATCH)
         has_text, longest = read.any(1), int(read.sum(1).max())

@@ -73,7 +73,7 @@ def choose_trained(backbone: Any, family: Family, lora: LoRA | None, freeze_visi
     """Freeze the vision tower, the language model or both, and put LoRA on the language model.
 
     What is neither (the projector, ``image_newline``) is trained whole, even where it lies within the tower. With LoRA
-    all that is trained is kept in float32: in bfloat16 a step of the learning rates in use is lost in rounding.
+    all that is trained is kept in float32: in bfloat16 most of a step is lost in rounding.
 
     Args:
         backbone: The model without its language-model head.
@@ -144,7 +144,7 @@ def checkpoint_gradients(backbone: Any) -> None:
     """Keep no activations within a layer: they are computed again in the backward pass."""
     # transformers has renamed it; the old name warns in the versions that have the new one.
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
-    # The other kind gives no gradient to a layer whose inputs have none, such as the first one above frozen embeddings.
+    # The other kind does not go with DDP's search for unused parameters, which batches without pictures need.
     enable({"use_reentrant": False})
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from lightning_mmembed.encoders.loading import (
 )
 from lightning_mmembed.encoders.lora import LoRA, checkpoint_gradients, choose_trained, plain_weights
 from lightning_mmembed.encoders.pooling import build_pooling
-from lightning_mmembed.encoders.processor import Bucket, EncoderInputs, ItemProcessor
+from lightning_mmembed.encoders.processor import Bucket, ItemProcessor
 from lightning_mmembed.encoders.prompts import PromptTokenizer
 from lightning_mmembed.encoders.released import join_parts, write_released
 from lightning_mmembed.errors import UserInputError
@@ -217,9 +216,9 @@ class MLLMEncoder(Encoder):
                 projector, ``image_newline``, tokenizer and image settings.
             nv_embed: The same, such as ``"nvidia/NV-Embed-v1"``: gives language model and latent attention.
             max_length: Longest text in tokens; 128 is the paper's in training.
-            length_buckets: See :meth:`from_pretrained`, also for ``dtype``.
+            length_buckets: As the rest, see :meth:`from_pretrained`.
             dtype: Type of the weights.
-            **training: ``lora``, ``freeze_vision`` and ``gradient_checkpointing`` of :meth:`from_pretrained`.
+            **training: ``lora``, ``freeze_vision``, ``gradient_checkpointing``.
 
         Raises:
             UserInputError: If one of the two is absent, broken or another kind of checkpoint, or they do not fit.
@@ -275,12 +274,9 @@ class MLLMEncoder(Encoder):
         return Path(directory)
 
     def save_released(self, directory: str | Path) -> Path:
-        """Write the encoder in the layout of the released MM-Embed, with LoRA merged.
+        """Write the encoder to a new directory in the layout of the released MM-Embed, with LoRA merged.
 
         The layout has no room for ``max_length``: give it to :meth:`from_pretrained` where it is not 512.
-
-        Args:
-            directory: A new or an empty one.
 
         Raises:
             UserInputError: If the encoder is of another make than MM-Embed, or the directory is in use.
@@ -288,13 +284,10 @@ class MLLMEncoder(Encoder):
         return write_released(self, directory)
 
     def export_sentence_transformers(self, directory: str | Path) -> Path:
-        """Write the encoder so that sentence-transformers loads it, for texts and pictures, with the same vectors.
+        """Write the encoder to a new directory for sentence-transformers: texts and pictures, with the same vectors.
 
         ``SentenceTransformer(directory, trust_remote_code=True)`` loads it where ``lightning_mmembed`` is installed:
         the flag lets it import that package, and no other code is run. :meth:`from_pretrained` reads it too.
-
-        Args:
-            directory: A new or an empty one.
 
         Raises:
             UserInputError: If sentence-transformers is not installed, or the directory is in use.
@@ -302,7 +295,7 @@ class MLLMEncoder(Encoder):
         return integrations.export_sentence_transformers(self, directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **card: Any) -> str:
-        """Write the encoder with its model card, and upload both.
+        """Upload the encoder with its model card; gives the address of the commit.
 
         Args:
             repo_id: ``"name"`` or ``"organization/name"``; made if it is not there.
@@ -310,28 +303,13 @@ class MLLMEncoder(Encoder):
             token: Of the hub; by default the one that ``hf auth login`` keeps.
             **card: Arguments of :func:`~lightning_mmembed.encoders.card.model_card`, such as ``license``.
 
-        Returns:
-            Address of the commit.
-
         Raises:
             UserInputError: If the hub cannot be reached or refuses, or the card cannot be written.
         """
         return push(self, repo_id, private, token, card)
 
-    def forward(self, inputs: EncoderInputs) -> Tensor:
-        """Encode prepared items.
-
-        Args:
-            inputs: What :attr:`processor` made of ``N`` items.
-
-        Returns:
-            ``(N, D)`` unit vectors in float32, in the order of the items.
-        """
-        rows = torch.cat([self._encode_bucket(bucket) for bucket in inputs.buckets])
-        vectors = torch.zeros_like(rows).index_copy(0, inputs.order, rows)
-        return F.normalize(vectors, dim=-1)
-
-    def _encode_bucket(self, bucket: Bucket) -> Tensor:
+    def encode_bucket(self, bucket: Bucket) -> Tensor:
+        """See :meth:`Encoder.encode_bucket`."""
         states = self.family.states(self.backbone, bucket.input_ids, bucket.attention_mask, bucket.pictures)
         pooled: Tensor = self.pooling(states, bucket.pool_mask)
         return pooled

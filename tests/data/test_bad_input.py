@@ -52,10 +52,11 @@ CANDIDATES = {
     "picture path that is no text": (set_keys(img_path=[5], modality="image"), r"img_path=\[5\]"),
     "absent picture": (set_keys(img_path="no.png", modality="image"), "picture no.png is missing"),
     "truncated picture": (set_keys(img_path="cut.png", modality="image"), "picture cut.png cannot be decoded"),
+    "picture path too long": (set_keys(img_path="n" * 300, modality="image"), "picture n+ is missing"),
     "no picture at all": (set_keys(img_path="text.png", modality="image"), "picture text.png cannot be decoded"),
 }
 #: A record that was read, but whose picture cannot be used, is named by its id; others by file and line.
-BROKEN_PICTURES = ("absent picture", "truncated picture", "no picture at all")
+BROKEN_PICTURES = ("absent picture", "truncated picture", "picture path too long", "no picture at all")
 TRAIN_QUERIES = {
     "not JSON": (lambda record: "{]", "not JSON"),
     "unknown modality": (set_keys(query_modality="audio"), "modality='audio' is unknown"),

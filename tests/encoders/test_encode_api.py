@@ -50,13 +50,13 @@ def mixed(count: int = 40) -> list[Entry]:
 def seen_passes(monkeypatch: pytest.MonkeyPatch, encoder: MLLMEncoder) -> list[tuple[int, int]]:
     """The shapes of the passes that follow."""
     shapes: list[tuple[int, int]] = []
-    encode = encoder._encode_bucket
+    encode = encoder.encode_bucket
 
     def noted(bucket: Any) -> Tensor:
         shapes.append(tuple(bucket.input_ids.shape))
         return encode(bucket)
 
-    monkeypatch.setattr(encoder, "_encode_bucket", noted)
+    monkeypatch.setattr(encoder, "encode_bucket", noted)
     return shapes
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import builtins
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from family_worlds import WORLDS
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
@@ -117,6 +119,24 @@ def test_the_vectors_are_those_of_peft_with_the_same_weights(tiny_checkpoint: Pa
     torch.testing.assert_close(encoder.encode(ENTRIES), oracle.encode(ENTRIES), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [*WORLDS, "aya_vision"])
+def test_lora_is_trained_saved_and_merged_in_every_family(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    options: dict[str, Any] = {"pooling": "mean", "check_contracts": False}
+    rounded = loaded(family_checkpoint(name), lora={}, dtype="bfloat16", gradient_checkpointing=True, **options)
+    disturb(rounded)
+    found = gradients(rounded)
+    assert found.keys() == trained(rounded).keys()
+    assert [part for part, gradient in found.items() if not gradient.abs().sum()] == []
+    encoder = loaded(family_checkpoint(name), lora={}, **options)
+    disturb(encoder)
+    forms = encoder.save_adapter(tmp_path / "adapter"), encoder.save_pretrained(tmp_path / "merged", merge=True)
+    for path in forms:
+        again = MLLMEncoder.from_pretrained(path, check_contracts=False)
+        torch.testing.assert_close(again.encode(ENTRIES), encoder.encode(ENTRIES), rtol=0, atol=1e-6)
+
+
 def test_merged_weights_are_the_base_and_the_scaled_product(tiny_checkpoint: Path) -> None:
     encoder = loaded(tiny_checkpoint, lora={"r": 4, "lora_alpha": 6})
     disturb(encoder)
@@ -134,16 +154,18 @@ def test_merged_weights_are_the_base_and_the_scaled_product(tiny_checkpoint: Pat
 
 
 @pytest.mark.parametrize("lora", [None, {}, {"lora_dropout": 0.5}])
-def test_gradient_checkpointing_changes_no_gradient(tiny_checkpoint: Path, lora: Any) -> None:
+def test_gradient_checkpointing_changes_no_gradient_and_no_vector(tiny_checkpoint: Path, lora: Any) -> None:
     found = []
     for checkpointed in (False, True):
         encoder = loaded(tiny_checkpoint, lora=lora, gradient_checkpointing=checkpointed)
         disturb(encoder)
         torch.manual_seed(1)  # of the dropout
-        found.append(gradients(encoder))
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+        found.append((gradients(encoder), encoder.encode(ENTRIES)))
+    (expected, vectors), (checked, again) = found
+    assert expected.keys() == checked.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(checked[name], gradient, rtol=1e-5, atol=1e-7)
+    assert torch.equal(again, vectors)
 
 
 def test_gradient_checkpointing_computes_every_layer_twice(tiny_checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import logging
 import random
+import tracemalloc
 from pathlib import Path
 
 import ir_measures
@@ -157,6 +158,19 @@ def test_of_each_query_no_more_lines_are_kept_than_the_depth_and_those_are_the_b
         assert getattr(cut, name).base is None, "a view would hold the lines that were dropped"
     first = [read_run(path, depth=6) for path in paths]
     assert len(cut.qids) <= sum(len(part.qids) for part in first) < len(lines) / 2
+
+
+def test_of_a_file_that_was_read_only_what_is_kept_stays_in_memory(tmp_path: Path) -> None:
+    def peak(paths: list[Path]) -> int:
+        tracemalloc.start()
+        read_run(*paths, depth=2)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    lines = [[f"{n}:{q} Q0 9:{did} 1 0.5 x" for q in range(4) for did in range(500)] for n in range(6)]
+    paths = [write(tmp_path / f"{n}.run", rows) for n, rows in enumerate(lines)]
+    assert peak(paths) < 1.5 * peak(paths[:1])
 
 
 def test_lists_are_cut_after_lines_of_records_that_were_left_out_are_dropped(tmp_path: Path) -> None:
