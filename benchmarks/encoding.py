@@ -6,9 +6,10 @@ The checkpoint is a Gemma 3 with random weights: for that family transformers' o
 ours does, and a chat template can write our prompt, so that both compute the same vectors, which is asserted. On its
 side stand its own modules: ``Transformer`` with the multimodal processor, ``Pooling`` and ``Normalize``, its batches
 of 32 and its own sorting by length. On ours ``encode_document`` with its defaults. Both use float32, as many threads as
-``OMP_NUM_THREADS`` says, PIL to resize pictures, and pictures that are in memory. Rounds alternate, so that a machine whose speed drifts slows both; the figures are medians, of the rates
-and of the ratios within a round, by the clock and by CPU time, which other work on the machine disturbs less. Memory is
-measured in processes of their own, from start to end, libraries included.
+``OMP_NUM_THREADS`` says, PIL to resize pictures, and pictures that are in memory. Rounds alternate, so that a machine
+whose speed drifts slows both; the figures are medians, of the rates and of the ratios within a round, by the clock and
+by CPU time, which other work on the machine disturbs less. Memory is measured in processes of their own, from start to
+end, libraries included. Linux only.
 
 sentence-transformers sorts by characters, and for it a picture is as long as it has pixels. So there are two pools:
 one with pictures of 256 pixels on the short side and many aspect ratios, as M-BEIR has them, and one with pictures of a

@@ -6,11 +6,11 @@ On a GPU the model has the shapes of nvidia/MM-Embed, in bfloat16: CLIP ViT-L/14
 picture), Mistral 7B with NV-Embed-v1's two-sided attention, latent attention of 512 latents. Without one, the same
 code runs a tiny model in float32 on the CPU, which says that it works and nothing about the large one.
 
-Encoding is ``encode_document`` from text and PIL picture to vector, so preparation on the CPU counts; with a batch size
-given, a pass has so many items. Training is a step on queries, as many positives and as many hard negatives (of each, a
-third texts, a third pictures, a third both): LoRA of rank 8 on the language model, projector and pooling trained
-whole, tower frozen, AdamW; inputs are prepared beforehand, as the workers of a DataLoader do. Tokens are those of the
-prompt and one for each position of a picture, without padding.
+Encoding is ``encode_document`` from text and PIL picture to vector, so preparation on the CPU counts. Training is a
+step on queries, as many positives and as many hard negatives, a third of them texts, a third pictures, a third both:
+LoRA of rank 8 on the language model, projector and pooling trained whole, tower frozen, AdamW; inputs are prepared
+beforehand, as the workers of a DataLoader do. Tokens are those of the prompt and one for each position of a picture,
+without padding.
 
 The ceiling is the best rate of products of two square matrices of the same type, measured in the same run. The
 operations are counted by formula, 2 for a multiplication and its addition, and only those of matrix products:
@@ -21,8 +21,8 @@ operations are counted by formula, 2 for a multiplication and its addition, and 
 - latent attention, for a position: 2 D (2 H) + 4 N H + 2 D (12 D), for N latents and heads of width H together
 
 A training step counts the language model twice (forward, and backward to its inputs: its frozen weights get no
-gradient), projector and pooling three times, the tower once. LoRA's own products (below 1 %), norms, softmax, what
-gradient checkpointing computes again, and padding are not counted: they are why the share is below one.
+gradient), projector and pooling three times, the tower once. LoRA's own products (below 1 %), norms, softmax, the
+latents' keys and values, what gradient checkpointing computes again, and padding are not counted.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def built(size: Size, device: torch.device) -> MLLMEncoder:
 
 
 def items(kind: str, count: int, side: int) -> list[Item]:
-    """Texts that fill the limit, pictures larger than the tower's, or a third each of texts, pictures and both."""
-    text, picture = f"{WORD} " * TOKENS, Image.new("RGB", (side + 64, side))
+    """Texts of 128 tokens, pictures larger than the tower's, or a third each of texts, pictures and both."""
+    text, picture = " ".join([WORD] * (TOKENS - 2)), Image.new("RGB", (side + 64, side))
     kinds = {"text": [Item(text)], "image": [Item(image=picture)]}
     kinds["mixed"] = [*kinds["text"], *kinds["image"], Item(" ".join([WORD] * 30), picture)]
     return [kinds[kind][number % len(kinds[kind])] for number in range(count)]
@@ -188,7 +188,7 @@ def encode(encoder: MLLMEncoder, size: Size, device: torch.device, peak: float) 
             counted = operations(encoder, encoder.processor(pool))
             tokens = counted.pop("tokens")
             row(
-                f"encoding, {kind}, {batch} in a pass",
+                f"encoding, {kind}, at most {batch} in a pass",
                 len(pool),
                 sum(counted.values()),
                 tokens,

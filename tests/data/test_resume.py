@@ -42,7 +42,9 @@ KILLS = [pytest.param(4, id="4 kills"), pytest.param(20, id="20 kills", marks=py
 @pytest.fixture(scope="module")
 def server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "lightning.pytorch", "lightning_mmembed", "lightning_mmembed.data"])
+    package = ["lightning_mmembed", "lightning_mmembed.data", "lightning_mmembed.callbacks"]
+    models = [f"transformers.models.{name}.modeling_{name}" for name in ("clip", "llava_next", "mistral")]
+    context.set_forkserver_preload(["pytest", "lightning.pytorch", *package, *models])
     return context
 
 
