@@ -8,46 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mmembed import integrations
 from lightning_mmembed.encoders import contracts, mm_embed
-from lightning_mmembed.encoders.adapters import ADAPTER_FILE, find_base, identity, load_adapter, write_adapter
+from lightning_mmembed.encoders.adapters import ADAPTER_FILE, write_adapter
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.card import push
-from lightning_mmembed.encoders.families import FAMILIES, Family, Generic, family_of
-from lightning_mmembed.encoders.loading import (
-    POOLING_FILE,
-    SETTINGS_FILE,
-    find_file,
-    load_backbone,
-    load_config,
-    load_tokenizer,
-    quantization,
-    read_json,
-    reading,
-)
+from lightning_mmembed.encoders.checkpoint import Checkpoint
+from lightning_mmembed.encoders.families import Family, Generic
+from lightning_mmembed.encoders.loading import POOLING_FILE, SETTINGS_FILE, reading
 from lightning_mmembed.encoders.lora import LoRA, checkpoint_gradients, choose_trained, plain_weights
 from lightning_mmembed.encoders.pooling import build_pooling
 from lightning_mmembed.encoders.processor import Bucket, ItemProcessor
-from lightning_mmembed.encoders.prompts import PromptTokenizer
 from lightning_mmembed.encoders.released import join_parts, write_released
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import new_directory
-
-#: The ways to write prompts, by their names in the settings.
-PROMPTS: dict[str, type[PromptTokenizer]] = {p.name: p for p in (PromptTokenizer, mm_embed.MMEmbedPrompts)}
-
-#: How an encoder is built where neither the caller nor the checkpoint says otherwise.
-DEFAULTS: dict[str, Any] = {
-    "pooling": "mean",
-    "pooling_options": {},
-    "bidirectional": True,
-    "max_length": 128,
-    "padding_side": "right",
-    "prompts": "plain",
-}
 
 
 class MLLMEncoder(Encoder):
@@ -156,36 +133,19 @@ class MLLMEncoder(Encoder):
             "padding_side": padding_side,
         }
         with reading(path):
-            own = read_json(path, SETTINGS_FILE) or {}
-            base = find_base(path, own)
-            config = load_config(base)
-            released = mm_embed.is_released(config)
-            saved = (mm_embed.settings(base, config) if released else {}) | own
-            settings = DEFAULTS | saved | {key: value for key, value in given.items() if value is not None}
-            tokenizer = load_tokenizer(base)
-            family = _family(base, config)(base, config, tokenizer)
-            options = {
-                "dtype": dtype,
-                "attn_implementation": attn_implementation,
-                "quantization_config": quantization(quantization_config, (family.vision, family.projector)),
-            }
-            backbone = load_backbone(base, config, (mm_embed.LATENT_ATTENTION,) if released else (), **options)
-            if isinstance(family, Generic):
-                family.find_parts(backbone)
-            prompts = PROMPTS[settings["prompts"]](tokenizer, settings["max_length"])
-            processor = ItemProcessor(prompts, family, length_buckets, settings["padding_side"])
+            checkpoint = Checkpoint.read(path, given)
+            processor, settings = checkpoint.processor(length_buckets), checkpoint.settings
+            backbone = checkpoint.backbone(
+                processor.family, quantization_config, dtype=dtype, attn_implementation=attn_implementation
+            )
             encoder = cls(
                 backbone, processor, settings["pooling"], settings["pooling_options"], settings["bidirectional"]
             )
-            encoder.base = own.get("base") or identity(base)
-            adapter, same_pooling = find_file(path, ADAPTER_FILE), settings["pooling"] == saved.get("pooling")
-            if same_pooling and adapter is None:
-                weights = mm_embed.pooling_weights(path) if released else _pooling_weights(path)
-                encoder.pooling.load_state_dict(weights)
-            encoder._choose_trained(_one_lora(path, saved.get("lora"), lora), freeze_vision, gradient_checkpointing)
-            if adapter is not None:
-                load_adapter(encoder, adapter, ignored=() if same_pooling else ("pooling.",))
-        if isinstance(family, Generic) if check_contracts is None else check_contracts:
+            encoder.base = checkpoint.identity
+            checkpoint.load_pooling(encoder.pooling)
+            encoder._choose_trained(checkpoint.lora(lora), freeze_vision, gradient_checkpointing)
+            checkpoint.load_adapter(encoder)
+        if isinstance(encoder.family, Generic) if check_contracts is None else check_contracts:
             contracts.require(encoder, path)
         return encoder
 
@@ -313,29 +273,3 @@ class MLLMEncoder(Encoder):
         states = self.family.states(self.backbone, bucket.input_ids, bucket.attention_mask, bucket.pictures)
         pooled: Tensor = self.pooling(states, bucket.pool_mask)
         return pooled
-
-
-def _family(path: str, config: Any) -> type[Family]:
-    family = family_of(config)
-    if family is None:
-        known = sorted(name for family in FAMILIES for name in family.model_types)
-        raise UserInputError(
-            f"checkpoint {path!r} has model_type={config.model_type!r}; supported are {known}, and other models of "
-            "transformers that read pictures and texts and pass the contracts"
-        )
-    return family
-
-
-def _pooling_weights(path: str) -> dict[str, Tensor]:
-    file = find_file(path, POOLING_FILE)
-    return {} if file is None else load_file(file)
-
-
-def _one_lora(path: str, saved: Mapping[str, Any] | None, given: LoRA | Mapping[str, Any] | None) -> LoRA | None:
-    there, asked = LoRA.of(saved), LoRA.of(given)
-    if there and asked and there.to_dict() != asked.to_dict():
-        raise UserInputError(
-            f"lora={asked} is not what {path!r} was trained with: {there}; leave lora out, or save that encoder with "
-            "merge=True and start from there"
-        )
-    return there or asked

@@ -184,7 +184,7 @@ def test_small_sets_are_spread_over_the_processes(encoder: MLLMEncoder, pool: Po
     assert min(shares) >= 4
 
 
-@pytest.mark.parametrize("number", range(4))  # with some of them the first process has nothing to compute
+@pytest.mark.parametrize("number", range(12))  # with some of them the first process has nothing to compute
 def test_the_first_process_alone_writes_what_a_folder_was_made_of(
     encoder: MLLMEncoder, pool: Pool, tmp_path: Path, number: int
 ) -> None:
