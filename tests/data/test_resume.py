@@ -116,11 +116,16 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.endswith(".lock")}
 
 
+def number_of_files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
 def assert_kills_leave_no_trace(server: Any, work: Work, tmp_path: Path, kills: int, tidy: bool = True) -> None:
-    """Kill the work at moments that are spread over a whole run, go on each time, and compare every file."""
-    (tmp_path / "whole").mkdir()
-    finish(server, work, tmp_path / "whole")  # the first one warms caches up
-    shutil.rmtree(tmp_path / "whole")
+    """Kill the work at random moments, go on each time, and compare every file.
+
+    A moment is a number of files that lie there, and a random time after: the work's own progress, so that a slow
+    start or a busy machine does not put all of them before its first file.
+    """
     (tmp_path / "whole").mkdir()
     duration = finish(server, work, tmp_path / "whole")
     expected = files(tmp_path / "whole")
@@ -129,7 +134,10 @@ def assert_kills_leave_no_trace(server: Any, work: Work, tmp_path: Path, kills: 
         folder = tmp_path / f"killed-{number}"
         folder.mkdir()
         process = start(server, work, folder)
-        process.join((number + draw.random()) / kills * duration)
+        awaited = number * len(expected) // kills
+        while process.is_alive() and number_of_files(folder) < awaited:
+            time.sleep(0.001)
+        process.join(draw.random() * duration / len(expected))
         process.kill()
         process.join()
         cut_short += process.exitcode == -signal.SIGKILL
@@ -138,11 +146,11 @@ def assert_kills_leave_no_trace(server: Any, work: Work, tmp_path: Path, kills: 
         found = files(folder)
         if not tidy:  # half-written files under a temporary name may stay: nothing reads them
             found = {name: data for name, data in found.items() if not name.endswith(".tmp")}
-        assert found.keys() == expected.keys(), f"kill {number} at {number / kills:.0%}"
+        assert found.keys() == expected.keys(), f"kill {number} after {awaited} files"
         assert [name for name in expected if found[name] != expected[name]] == [], f"kill {number}"
         shutil.rmtree(folder)
     assert cut_short >= kills // 2
-    assert gone_on >= kills // 4
+    assert gone_on >= kills // 2
 
 
 @pytest.mark.parametrize("kills", KILLS)
