@@ -31,7 +31,7 @@ _SHOWN = 20
 _LOADERS = (
     "lightning_mmembed.MLLMEncoder.from_pretrained",
     "lightning_mmembed.MLLMEncoder.from_parts",
-    "lightning_mmembed.encoders.dual.DualEncoder.from_pretrained",
+    "lightning_mmembed.encoders.DualEncoder.from_pretrained",
 )
 
 

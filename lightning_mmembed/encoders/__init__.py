@@ -1,3 +1,4 @@
-"""Encoders: prompts, processor, families, pooling, the MLLM encoder."""
+"""Encoders: prompts, processor, families, pooling, LoRA, the MLLM encoder and the dual encoder."""
 
+from lightning_mmembed.encoders.dual import DualEncoder as DualEncoder
 from lightning_mmembed.encoders.mllm import MLLMEncoder as MLLMEncoder

@@ -21,6 +21,9 @@ from lightning_mmembed.items import Item, Query
 
 PADDING_SIDES = ("right", "left")
 
+#: A pass of so many positions keeps a device busy, so that it ends before an item so much longer than its first.
+_SMALLEST_PASS, _LONGER = 1024, 1.125
+
 #: Items that are read before they are sorted by length: as many as fill so many passes, read so many at a time.
 _PASSES_IN_WINDOW, _READ_AT_ONCE = 8, 32
 
@@ -224,6 +227,9 @@ class _Row:
 def passes(lengths: Sequence[int] | np.ndarray, tokens: int, rows: int | None = None) -> list[range]:
     """Cut ascending lengths into runs that take at most so many positions when each is padded to its longest.
 
+    A run of 1024 positions or more ends before the budget does where the next length is more than an eighth above its
+    first, so that little is padded.
+
     Args:
         lengths: Ascending.
         tokens: The budget; a length beyond it makes a run of its own.
@@ -241,11 +247,18 @@ def passes(lengths: Sequence[int] | np.ndarray, tokens: int, rows: int | None = 
             raise UserInputError(f"{name}={value} is too small; it must be at least 1")
     runs, start = [], 0
     for stop in range(1, len(lengths) + 1):
-        full = stop < len(lengths) and (stop + 1 - start) * int(lengths[stop]) > tokens
-        if full or stop == len(lengths) or stop - start == rows:
+        if stop == len(lengths) or stop - start == rows or _ends(lengths, start, stop, tokens):
             runs.append(range(start, stop))
             start = stop
     return runs
+
+
+def _ends(lengths: Sequence[int] | np.ndarray, start: int, stop: int, tokens: int) -> bool:
+    """Whether a run of lengths would be too long with the next one, or is better not padded to it."""
+    if (stop + 1 - start) * int(lengths[stop]) > tokens:
+        return True
+    positions = (stop - start) * int(lengths[stop - 1])
+    return positions >= _SMALLEST_PASS and bool(lengths[stop] > _LONGER * lengths[start])
 
 
 def _name(entry: Entry) -> str:
