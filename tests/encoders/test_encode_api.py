@@ -117,6 +117,18 @@ def test_runs_cover_every_length_once_stay_in_the_budget_and_could_not_be_longer
             assert (len(run) + 1) * lengths[run.stop] > budget, "one more would have fitted"
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_pass_that_is_large_enough_is_padded_by_an_eighth_at_most(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = np.sort(np.concatenate([rng.integers(5, 40, size=800), np.full(500, 100)]))
+    runs = passes(lengths, 16384)
+    assert [n for run in runs for n in run] == list(range(len(lengths)))
+    for run in runs:
+        assert len(run) * lengths[run[-1]] <= 16384
+        if len(run) * lengths[run[-1]] >= 2048:  # beyond the 1024 that no pass is cut below
+            assert lengths[run[-1]] <= 9 / 8 * lengths[run[0]] + 1
+
+
 @pytest.mark.parametrize("budget", [1, 30, 100, 16384])
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_vectors_come_in_the_order_of_the_entries_and_do_not_depend_on_the_passes(
