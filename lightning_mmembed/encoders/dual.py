@@ -7,6 +7,7 @@ is its text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +19,18 @@ from transformers import AutoImageProcessor, PretrainedConfig
 
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.families import Family, Picture
-from lightning_mmembed.encoders.loading import load_backbone, load_config, load_tokenizer, reading
+from lightning_mmembed.encoders.loading import (
+    SETTINGS_FILE,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+    read_json,
+    reading,
+)
 from lightning_mmembed.encoders.processor import Bucket, ItemProcessor
 from lightning_mmembed.encoders.prompts import Entry, PromptTokenizer, Tokens, item_of
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import new_directory
 from lightning_mmembed.items import Query
 
 MODEL_TYPES = ("clip", "siglip")
@@ -80,22 +89,27 @@ class DualEncoder(Encoder):
                 )
             tokenizer = load_tokenizer(path)
             positions = int(config.text_config.max_position_embeddings)
-            prompts = FusionPrompts(tokenizer, positions if max_length is None else max_length)
-            if prompts.max_length > positions:
-                raise UserInputError(
-                    f"max_length={max_length} is more than the {positions} positions of checkpoint {path!r}; lower it"
-                )
+            saved = (read_json(path, SETTINGS_FILE) or {}).get("max_length", positions)
+            prompts = FusionPrompts(tokenizer, saved if max_length is None else max_length, positions)
             prompts.pad_to = positions if config.model_type == "siglip" else 0
             processor = ItemProcessor(prompts, WholePictures(path, config, tokenizer), length_buckets)
             return cls(load_backbone(path, config, dtype=dtype), processor)
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write weights, tokenizer and image settings, as transformers reads them too."""
-        directory = Path(directory)
-        self.backbone.save_pretrained(directory)
-        self.processor.prompts.tokenizer.save_pretrained(directory)
-        self.processor.family.image_processor.save_pretrained(directory)
-        return directory
+        """Write weights, tokenizer and image settings, as transformers reads them too.
+
+        Args:
+            directory: A new or an empty one.
+
+        Raises:
+            UserInputError: If the directory is in use.
+        """
+        with new_directory(directory) as building:
+            self.backbone.save_pretrained(building)
+            self.processor.prompts.tokenizer.save_pretrained(building)
+            self.processor.family.image_processor.save_pretrained(building)
+            (building / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=1))
+        return Path(directory)
 
     def encode_bucket(self, bucket: Bucket) -> Tensor:
         """See :meth:`Encoder.encode_bucket`."""
@@ -123,17 +137,29 @@ class DualEncoder(Encoder):
 class FusionPrompts(PromptTokenizer):
     """Writes an item's text with its instruction in front of it, as UniIR does, and nothing for an item without any.
 
+    Args:
+        tokenizer: The checkpoint's; what it puts around a text by itself is put around every text.
+        max_length: Longest text in tokens.
+        positions: What the text tower has positions for.
+
     Attributes:
         pad_to: Length that every text is padded to, as SigLIP was trained; 0 for none.
-        pad: What it is padded with.
+
+    Raises:
+        UserInputError: If nothing of a text fits into ``max_length``, or it is more than ``positions``.
     """
 
     name = "fusion"
     pad_to = 0
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, positions: int) -> None:
+        self.positions = positions
         super().__init__(tokenizer, max_length)
-        self.pad = int(self.eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        alone, within = self._plain_ids(["a"])[0], list(tokenizer(["a"])["input_ids"][0])
+        start = next(n for n in range(len(within)) if within[n : n + len(alone)] == alone)
+        self.bos, self.eos = within[:start], within[start + len(alone) :]
+        if tokenizer.pad_token_id is not None:
+            self.pad = int(tokenizer.pad_token_id)
 
     def __call__(self, entries: Sequence[Entry]) -> list[Tokens]:
         """See :meth:`PromptTokenizer.__call__`."""
@@ -147,8 +173,8 @@ class FusionPrompts(PromptTokenizer):
             return Tokens([], 0, 0, False)
         room = self.max_length - len(self.bos) - len(self.eos)
         whole = self._plain_ids([text])[0]
-        if instruction and len(self._plain_ids([format_string(instruction)])[0]) >= room:
-            raise self.no_room(room)
+        if instruction and (length := len(self._plain_ids([format_string(instruction)])[0])) >= room:
+            raise self.no_room(length)
         ids = self.bos + whole[:room] + self.eos
         ids += [self.pad] * (self.pad_to - len(ids))
         return Tokens(ids, None if item.image is None else len(ids), 0, len(whole) > room)

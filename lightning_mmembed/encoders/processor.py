@@ -100,8 +100,9 @@ class ItemProcessor:
 
     def settings(self) -> dict[str, Any]:
         """What a vector depends on besides the weights, for its fingerprint."""
-        tokenizer = self.prompts.tokenizer.backend_tokenizer.to_str()
-        prompts = [type(self.prompts).__name__, self.prompts.max_length, tokenizer]
+        tokenizer = self.prompts.tokenizer
+        words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        prompts = [type(self.prompts).__name__, self.prompts.max_length, words]
         return {"prompts": prompts, **self.family.settings()}
 
     def limited(self, max_length: int) -> ItemProcessor:
@@ -110,8 +111,6 @@ class ItemProcessor:
         Raises:
             UserInputError: If nothing of a text fits into ``max_length``.
         """
-        if max_length < 3:
-            raise UserInputError(f"max_length={max_length} leaves no room between BOS and EOS; give at least 3")
         limited = copy.copy(self)
         limited.prompts = copy.copy(self.prompts)
         limited.prompts.max_length = max_length
@@ -187,7 +186,7 @@ class ItemProcessor:
 
     def _bucket(self, rows: list[_Row]) -> Bucket:
         longest = max((len(row.ids) for row in rows), default=0)
-        input_ids = torch.full((len(rows), longest), self.prompts.eos[0])
+        input_ids = torch.full((len(rows), longest), self.prompts.pad)
         attention_mask = torch.zeros_like(input_ids)
         pool_mask = torch.zeros_like(input_ids)
         for i, row in enumerate(rows):

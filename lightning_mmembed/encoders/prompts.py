@@ -89,14 +89,36 @@ class PromptTokenizer:
 
     Attributes:
         name: What the settings of a saved encoder call this way to write prompts.
+        bos: What every prompt begins with.
+        eos: What every prompt ends with.
+        pad: What prompts are padded with.
+        positions: The most tokens that the model can read, ``None`` for more than anybody needs.
+
+    Raises:
+        UserInputError: If nothing of a text fits into ``max_length``, or it is more than ``positions``.
     """
 
     name = "plain"
+    positions: int | None = None
 
     def __init__(self, tokenizer: Any, max_length: int = 128) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self.eos = [int(tokenizer.eos_token_id)]
+        self.pad = self.eos[0]
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens."""
+        return self._max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        if value < 3:
+            raise UserInputError(f"max_length={value} leaves no room between BOS and EOS; give at least 3")
+        if self.positions is not None and value > self.positions:
+            raise UserInputError(f"max_length={value} is more than the {self.positions} positions of a text; lower it")
+        self._max_length = value
 
     def __call__(self, entries: Sequence[Entry]) -> list[Tokens]:
         """Tokenise the prompts of some entries.

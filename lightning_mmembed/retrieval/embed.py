@@ -33,7 +33,7 @@ def encoder_fingerprint(encoder: Encoder) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return fingerprint(digest.hexdigest(), version("lightning-mmembed"), encoder.settings, encoder.processor.settings())
 
 

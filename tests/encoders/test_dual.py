@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
+    ByT5Tokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -29,6 +31,7 @@ from lightning_mmembed.encoders.dual import DualEncoder, format_string
 from lightning_mmembed.encoders.prompts import Entry
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Item
+from lightning_mmembed.retrieval.embed import encoder_fingerprint
 
 TEXTS = ["A red ellipse.", "Find the picture of this pet. Which pet is green?", "a story that goes on and on"]
 POSITIONS, SIZE = 40, 32
@@ -154,11 +157,45 @@ def test_the_gradient_reaches_both_towers(checkpoint: Path) -> None:
     assert [n for n in without if "logit" not in n and not n.endswith(("k_proj.bias", "in_proj_bias"))] == []
 
 
-def test_a_saved_encoder_gives_the_same_vectors(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_saved_encoder_gives_the_same_vectors_of_long_texts_too(checkpoint: Path, tmp_path: Path) -> None:
+    encoder = DualEncoder.from_pretrained(checkpoint, max_length=25)
+    encoder.save_pretrained(tmp_path / "saved")
+    entries: list[Entry] = [*(entry for entry, _, _ in CASES), Item("word " * 30)]
+    loaded = DualEncoder.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.encode(entries), encoder.encode(entries))
+    with pytest.raises(UserInputError, match="saved"):
+        encoder.save_pretrained(tmp_path / "saved")
+
+
+def test_a_fingerprint_changes_with_a_weight_of_no_dimension_too(checkpoint: Path) -> None:
     encoder = DualEncoder.from_pretrained(checkpoint)
-    encoder.save_pretrained(tmp_path)
-    entries = [entry for entry, _, _ in CASES]
-    assert torch.equal(DualEncoder.from_pretrained(tmp_path).encode(entries), encoder.encode(entries))
+    before = encoder_fingerprint(encoder)
+    assert encoder_fingerprint(DualEncoder.from_pretrained(checkpoint)) == before
+    with torch.no_grad():
+        encoder.backbone.logit_scale.add_(1)
+    assert encoder_fingerprint(encoder) != before
+
+
+def test_a_tokenizer_in_pure_python_has_a_fingerprint_too(checkpoint: Path) -> None:
+    encoder = DualEncoder.from_pretrained(checkpoint)
+    prints = set()
+    for extra_ids in (0, 10, 20):
+        encoder.processor.prompts.tokenizer = ByT5Tokenizer(extra_ids=extra_ids)  # type: ignore[no-untyped-call]
+        prints.add(encoder_fingerprint(encoder))
+    assert len(prints) == 3
+
+
+def test_a_text_is_put_between_what_the_tokenizer_itself_puts_around_it(checkpoint: Path, tmp_path: Path) -> None:
+    """SigLIP 2 has a BOS and writes none."""
+    shutil.copytree(checkpoint, tmp_path / "other")
+    words: Any = AutoTokenizer.from_pretrained(checkpoint)
+    end = (words.eos_token, words.eos_token_id)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(f"$A {end[0]}", special_tokens=[end])
+    words.save_pretrained(tmp_path / "other")
+    encoder = DualEncoder.from_pretrained(tmp_path / "other")
+    (vector,) = encoder.encode([Item("a red ellipse")])
+    torch.testing.assert_close(vector, oracle(tmp_path / "other", "A red ellipse.", None), rtol=0, atol=TOLERANCE)
+    assert AutoTokenizer.from_pretrained(tmp_path / "other")("a")["input_ids"][0] != words.bos_token_id
 
 
 def test_a_long_text_is_cut_and_counted_and_an_instruction_that_leaves_no_room_is_named(checkpoint: Path) -> None:
@@ -169,8 +206,14 @@ def test_a_long_text_is_cut_and_counted_and_an_instruction_that_leaves_no_room_i
 
 
 def test_more_tokens_than_positions_and_other_checkpoints_are_refused(checkpoint: Path, tiny_checkpoint: Path) -> None:
+    encoder = DualEncoder.from_pretrained(checkpoint)
     with pytest.raises(UserInputError, match="max_length=41 is more than the 40 positions"):
         DualEncoder.from_pretrained(checkpoint, max_length=POSITIONS + 1)
+    with pytest.raises(UserInputError, match="max_length=1000 is more than the 40 positions"):
+        encoder.encode([Item("a")], max_length=1000)
+    for nothing in (2, 0, -5):
+        with pytest.raises(UserInputError, match=f"max_length={nothing} leaves no room"):
+            DualEncoder.from_pretrained(checkpoint, max_length=nothing)
     with pytest.raises(UserInputError, match="model_type='llava_next'; a DualEncoder takes"):
         DualEncoder.from_pretrained(tiny_checkpoint)
 
