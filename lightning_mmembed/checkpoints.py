@@ -1,7 +1,9 @@
-"""The encoder's weights in a Lightning checkpoint: frozen ones are left out and known by their fingerprints."""
+"""The encoder in a Lightning checkpoint: frozen weights are known by their fingerprints; how it was built is told."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,39 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mmembed.encoders.adapters import check_base, fingerprints, frozen_names, shapes, without_frozen
+from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.errors import UserInputError
 
 PREFIX = "encoder."
 #: Key of the fingerprints of the frozen weights in a checkpoint.
 FROZEN = "frozen_weights"
+#: Key of the settings that the encoder was built with.
+SETTINGS = "encoder_settings"
+#: Those of them without which the weights mean something else; the others may change from run to run.
+BUILT_WITH = ("lora", "pooling", "pooling_options", "bidirectional", "prompts")
+
+
+def write_settings(encoder: Encoder, checkpoint: dict[str, Any]) -> None:
+    """Put down in a checkpoint how its encoder was built, in plain types that ``weights_only=True`` reads."""
+    checkpoint[SETTINGS] = json.loads(json.dumps(encoder.settings))
+
+
+def check_settings(encoder: Encoder, checkpoint: Mapping[str, Any], source: str = "the checkpoint") -> None:
+    """Refuse weights whose encoder was built in another way, be they of the same names and shapes.
+
+    Args:
+        encoder: The encoder.
+        checkpoint: As it was saved after :func:`write_settings`; one without settings is taken as it is.
+        source: Where it is from, for the message.
+
+    Raises:
+        UserInputError: If a setting of :data:`BUILT_WITH` is another one here.
+    """
+    theirs, own = checkpoint.get(SETTINGS, {}), json.loads(json.dumps(encoder.settings))
+    differ = [name for name in BUILT_WITH if name in theirs and theirs[name] != own.get(name)]
+    if differ:
+        then, now = (", ".join(f"{name}={of.get(name)!r}" for name in differ) for of in (theirs, own))
+        raise UserInputError(f"{source} was trained with {then}, and the model has {now}; build it as it was trained")
 
 
 def drop_frozen(encoder: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -48,12 +78,12 @@ def restore_frozen(encoder: nn.Module, checkpoint: dict[str, Any], source: str =
     checkpoint["state_dict"] = state | {PREFIX + name: parameters[name].data for name in frozen}
 
 
-def load_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> None:
+def load_encoder_weights(encoder: Encoder, ckpt_path: str | Path) -> None:
     """Load the weights that a :class:`RetrievalModule` was saved with; see :func:`read_encoder_weights`."""
     encoder.load_state_dict(read_encoder_weights(encoder, ckpt_path))
 
 
-def read_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> dict[str, Tensor]:
+def read_encoder_weights(encoder: Encoder, ckpt_path: str | Path) -> dict[str, Tensor]:
     """Read the weights that a :class:`RetrievalModule` was saved with; nothing in the file is executed.
 
     Args:
@@ -64,7 +94,8 @@ def read_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> dict[str,
         The weights by their names in the encoder; those that were frozen in training are the encoder's own.
 
     Raises:
-        UserInputError: If there is no such file, or it was trained with another architecture or on another base.
+        UserInputError: If there is no such file, or it was trained with another architecture, on another base or with
+            other settings.
     """
     path = Path(ckpt_path)
     if not path.is_file():
@@ -74,8 +105,9 @@ def read_encoder_weights(encoder: nn.Module, ckpt_path: str | Path) -> dict[str,
         state: dict[str, Tensor] = checkpoint["state_dict"]
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... on foreign files
         raise UserInputError(f"ckpt_path={str(ckpt_path)!r} is no checkpoint of this package: {error}") from error
-    checkpoint = {"state_dict": state, FROZEN: checkpoint.get(FROZEN, {})}
-    restore_frozen(encoder, checkpoint, f"ckpt_path={str(path)!r}")
+    source = f"ckpt_path={str(path)!r}"
+    restore_frozen(encoder, checkpoint, source)
+    check_settings(encoder, checkpoint, source)
     state = checkpoint["state_dict"]
     return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,8 @@ from lightning_mmembed.cli import CONFIG_PATH, apply_extras, run_command, user_e
 from lightning_mmembed.errors import UserInputError
 
 if TYPE_CHECKING:
+    import torch
+
     from lightning_mmembed.data.folder import FileItems
     from lightning_mmembed.encoders.base import Encoder
     from lightning_mmembed.items import Query
@@ -34,6 +36,17 @@ _LOADERS = (
     "lightning_mmembed.encoders.DualEncoder.from_pretrained",
 )
 
+#: Their arguments that may be folders, which a search finds wherever it is started.
+_CHECKPOINTS = ("pretrained_model_name_or_path", "llava_next", "nv_embed")
+
+#: What an index says.
+_INDEX_KEYS: dict[str, Any] = dict.fromkeys(("vectors", "items", "encoder"), str) | dict.fromkeys(("seed", "dim"), int)
+_INDEX_KEYS |= {"model": dict | None, "ckpt_path": str | None}
+
+#: Arguments of the command lines that are taken as they are written.
+EMBED_TEXTS = ("source", "out")
+SEARCH_TEXTS = ("query", "instruction", "query_image", "queries", "index", "out", "page")
+
 
 def embed(cfg: DictConfig) -> Path:
     """Embed plain files, or the pool and the queries of a split, to disk, each process its own parts.
@@ -46,7 +59,8 @@ def embed(cfg: DictConfig) -> Path:
         evaluation is given as ``callbacks.evaluation.vectors_dir``.
 
     Raises:
-        UserInputError: If the source, the model, the checkpoint or the instruction cannot be used.
+        UserInputError: If the source, the model, the checkpoint, the instruction or the place for the vectors cannot be
+            used.
     """
     from lightning_mmembed.retrieval.embed import VectorStore
 
@@ -54,13 +68,18 @@ def embed(cfg: DictConfig) -> Path:
         raise UserInputError(f"source={cfg.source!r} and out={cfg.out!r} belong together; give both or neither")
     if cfg.instruction != "random" and not isinstance(cfg.instruction, int):
         raise UserInputError(f"instruction={cfg.instruction!r} is no single prompt; write a place from 0, or random")
+    place = ("vectors.directory", cfg.vectors.directory) if cfg.out is None else ("out", cfg.out)
+    _check_place(*place, is_folder=True)
     apply_extras(cfg)
     fabric = hydra.utils.instantiate(cfg.fabric, _convert_="all")
     fabric.launch()
     fabric.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = OmegaConf.to_container(cfg.vectors, resolve=True)
-    settings |= {"directory": settings["directory"] if cfg.out is None else cfg.out}
-    store = VectorStore(**settings, rank=fabric.global_rank, world_size=fabric.world_size, barrier=fabric.barrier)
+    settings |= {"directory": place[1]}
+    try:
+        store = VectorStore(**settings, rank=fabric.global_rank, world_size=fabric.world_size, barrier=fabric.barrier)
+    except ValueError as error:
+        raise UserInputError(f"vectors: {error}") from error
     report = _embed_split(cfg, store, fabric.device) if cfg.source is None else _embed_files(cfg, store, fabric.device)
     if fabric.is_global_zero:
         print(f"{report}\nvectors: {store.directory}")
@@ -84,8 +103,8 @@ def _embed_split(cfg: DictConfig, store: VectorStore, device: Any) -> str:
 
 
 def _embed_files(cfg: DictConfig, store: VectorStore, device: Any) -> str:
-    from lightning_mmembed.data.folder import checked_source
-    from lightning_mmembed.files import write_atomically
+    from lightning_mmembed.data.folder import ITEMS_FILE, checked_source
+    from lightning_mmembed.files import file_sha256, write_atomically
     from lightning_mmembed.retrieval.embed import encoder_fingerprint
 
     items = checked_source(cfg.source, store.directory, cfg.max_bad_fraction)
@@ -102,13 +121,14 @@ def _embed_files(cfg: DictConfig, store: VectorStore, device: Any) -> str:
     vectors = store.embed(encoder, items, content, made_by, "embedding", items.likeness)
     made = {
         "vectors": store.folder(content, made_by).name,
+        "items": file_sha256(store.directory / ITEMS_FILE),
         "encoder": made_by,
         "seed": cfg.seed,
         "dim": vectors.dim,
         "model": _plain_model(cfg.model.encoder),
         "ckpt_path": None if cfg.ckpt_path is None else str(Path(cfg.ckpt_path).resolve()),
     }
-    # Last: an index is whole or absent.
+    # Last: the vectors that an index names are whole. It names the list of items too, which a later run replaces first.
     write_atomically(store.directory / INDEX_FILE, json.dumps(made, indent=1))
     return f"{len(vectors):,} items, {vectors.dim} dimensions, {vectors.dtype}"
 
@@ -130,12 +150,32 @@ def _plain_model(node: DictConfig) -> dict[str, Any] | None:
     arguments: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     if arguments.get("_target_") not in _LOADERS:
         return None
-    here = {key: str(Path(value).resolve()) for key, value in arguments.items() if _is_folder(value)}
-    return arguments | here
+    named = {key: arguments[key] for key in _CHECKPOINTS if isinstance(arguments.get(key), str)}
+    return arguments | {key: str(Path(name).resolve()) for key, name in named.items() if Path(name).is_dir()}
 
 
-def _is_folder(value: object) -> bool:
-    return isinstance(value, str) and Path(value).is_dir()
+def _check_place(name: str, value: object, is_folder: bool) -> None:
+    """Refuse a place that cannot be written: a folder for a file, or a file for a folder or above the place."""
+    path = Path(str(value)).absolute()
+    if not is_folder and path.is_dir():
+        raise UserInputError(f"{name}={value!r} is a folder; give the name of a file")
+    folders = [path, *path.parents] if is_folder else path.parents
+    file = next((str(folder) for folder in folders if folder.exists() and not folder.is_dir()), None)
+    if file is not None:
+        raise UserInputError(f"{name}={value!r} needs a folder where the file {file!r} is; give another place")
+
+
+def _device(name: str | None) -> torch.device:
+    """The device that a search computes on, tried."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # an AssertionError where torch is built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise UserInputError(
+            f"device={name!r} cannot be used: {reason}; write cpu, or null for what there is"
+        ) from error
 
 
 def search(cfg: DictConfig) -> list[GalleryQuery]:
@@ -148,7 +188,8 @@ def search(cfg: DictConfig) -> list[GalleryQuery]:
         The queries with their results, best first.
 
     Raises:
-        UserInputError: If there is no index or no query, or the encoder is not the one that made the vectors.
+        UserInputError: If there is no index or no query, the encoder is not the one that made the vectors, or an
+            argument cannot be used.
     """
     from rich.console import Console
 
@@ -158,15 +199,20 @@ def search(cfg: DictConfig) -> list[GalleryQuery]:
     from lightning_mmembed.retrieval.search import exact_search
     from lightning_mmembed.retrieval.vectors import Vectors
 
+    if not isinstance(cfg.top_k, int) or cfg.top_k < 1:
+        raise UserInputError(f"top_k={cfg.top_k!r} is no number of results; write 1 or more")
+    for name in ("out", "page"):
+        if cfg[name] is not None:
+            _check_place(name, cfg[name], is_folder=False)
     apply_extras(cfg)
-    index, made = Path(cfg.index), _read_index(cfg.index)
+    device, index, made = _device(cfg.device), Path(cfg.index), _read_index(cfg.index)
     items, queries = known_items(index), _queries(cfg)
     vectors = Vectors(sorted((index / made["vectors"]).glob("part-*.npy")), made["dim"])
     if len(vectors) != len(items):
         raise UserInputError(
             f"index={cfg.index!r} has {len(vectors):,} vectors of {len(items):,} items; embed the source again"
         )
-    encoded = _index_encoder(cfg, made).encode(queries, show_progress_bar=True)
+    encoded = _index_encoder(cfg, made).to(device).encode(queries, show_progress_bar=True)
     (ranking,) = exact_search(encoded, vectors, cfg.top_k)
     lists = zip(queries, ranking.rows.tolist(), ranking.scores.tolist(), strict=True)
     found = [
@@ -184,14 +230,30 @@ def search(cfg: DictConfig) -> list[GalleryQuery]:
 
 
 def _read_index(index: str) -> dict[str, Any]:
-    path = Path(index) / INDEX_FILE
+    """What an index says, where it is of the items that lie beside it."""
+    from lightning_mmembed.data.folder import ITEMS_FILE
+    from lightning_mmembed.files import file_sha256
+
+    path, items = Path(index) / INDEX_FILE, Path(index) / ITEMS_FILE
     if not path.is_file():
         raise UserInputError(
             f"index={index!r} holds no {INDEX_FILE}: make it with mmembed-embed source=... out={index}, which goes on "
             "where it was stopped"
         )
-    made: dict[str, Any] = json.loads(path.read_text())
-    return made
+    try:
+        made: Any = json.loads(path.read_bytes())
+    except ValueError:
+        made = None
+    facts = made if isinstance(made, dict) else {}
+    broken = [key for key, kind in _INDEX_KEYS.items() if key not in facts or not isinstance(facts[key], kind)]
+    if broken:
+        raise UserInputError(f"{path} is no index: it has no usable {', '.join(broken)}; embed the source again")
+    if not items.is_file() or file_sha256(items) != facts["items"]:
+        raise UserInputError(
+            f"index={index!r} was made of other items than {ITEMS_FILE} lists now, as when a later embedding did not "
+            "finish; embed the source again"
+        )
+    return facts
 
 
 def _queries(cfg: DictConfig) -> list[Query]:
@@ -223,7 +285,7 @@ def _index_encoder(cfg: DictConfig, made: dict[str, Any]) -> Encoder:
             f"index={cfg.index!r} was made by another encoder, with model={made['model']} and "
             f"ckpt_path={made['ckpt_path']!r}; search with that one, or embed the source again with this one"
         )
-    return encoder.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return encoder
 
 
 def _named_encoder(cfg: DictConfig, made: dict[str, Any]) -> Encoder:
@@ -256,9 +318,14 @@ def _found(query: Query, ranked: Iterable[tuple[int, float]], items: FileItems, 
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="embed")
-def embed_main(cfg: DictConfig) -> None:
-    """``mmembed-embed``: see ``conf/embed.yaml``."""
+def _embed_main(cfg: DictConfig) -> None:
     run_command(embed, cfg)
+
+
+def embed_main() -> None:
+    """``mmembed-embed``: see ``conf/embed.yaml``."""
+    sys.argv[1:] = [quoted(argument, EMBED_TEXTS) for argument in sys.argv[1:]]
+    _embed_main()
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="search")
@@ -268,19 +335,19 @@ def _search_main(cfg: DictConfig) -> None:
 
 def search_main() -> None:
     """``mmembed-search``: see ``conf/search.yaml``."""
-    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quoted(argument, SEARCH_TEXTS) for argument in sys.argv[1:]]
     _search_main()
 
 
-def quoted(argument: str) -> str:
-    r"""An argument of the command line whose text Hydra is to take as it is, commas, quotes and all.
+def quoted(argument: str, keys: Collection[str]) -> str:
+    r"""An argument of the command line that Hydra is to take as it is, commas, quotes and all, where its key is named.
 
     Example:
-        >>> quoted("query=what's red, and a bus?"), quoted("top_k=3")
+        >>> quoted("query=what's red, and a bus?", ["query"]), quoted("top_k=3", ["query"])
         ("query='what\\'s red, and a bus?'", 'top_k=3')
     """
-    key, _, text = argument.partition("=")
-    if key not in ("query", "instruction") or text == "null":
+    key, equals, text = argument.partition("=")
+    if not equals or key not in keys or text == "null":
         return argument
     # Backslashes count only before a quote, where Hydra takes them in pairs; OmegaConf takes ${ for a reference.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text).replace("${", r"\${")

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lightning_mmembed.checkpoints import drop_frozen, restore_frozen
+from lightning_mmembed.checkpoints import check_settings, drop_frozen, restore_frozen, write_settings
 from lightning_mmembed.data.batches import TrainingBatch
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.processor import EncoderInputs
@@ -89,13 +89,15 @@ class RetrievalModule(LightningModule):
         return loss, in_batch_accuracy(queries, candidates, positive_index, mask)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out of the checkpoint."""
+        """Leave frozen weights out of the checkpoint, and say in it how the encoder was built."""
         drop_frozen(self.encoder, checkpoint)
+        write_settings(self.encoder, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make sure that the weights that a checkpoint left out are those of this encoder."""
+        """Make sure that this encoder is built as the checkpoint's, and has the weights that it left out."""
         if "state_dict" in checkpoint:  # strategies that shard the model have read the weights already
             restore_frozen(self.encoder, checkpoint)
+        check_settings(self.encoder, checkpoint)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and the scheduler."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import composed, tiny_paths
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from worlds import ARCHITECTURE, tiny_module, tiny_trainer
 
 from lightning_mmembed import Item, MBEIRDataModule, MLLMEncoder, RetrievalModule
-from lightning_mmembed.checkpoints import FROZEN, load_encoder_weights
+from lightning_mmembed.checkpoints import FROZEN, SETTINGS, load_encoder_weights
 from lightning_mmembed.cli import evaluate, train
 from lightning_mmembed.encoders.adapters import ADAPTER_FILE
 from lightning_mmembed.encoders.tiny import build_tiny_llava_next
@@ -166,6 +167,40 @@ def test_an_adapter_of_an_encoder_without_lora_holds_all_but_the_frozen_tower(
     assert torch.equal(found, encoder.encode_document(TEXTS))
 
 
+@pytest.mark.parametrize("form", ["adapter", "full"])
+@pytest.mark.parametrize(("lora", "freeze_vision"), [({}, False), ({}, None), (None, True), (None, None)])
+def test_what_was_trained_is_trained_again_and_gives_the_same_vectors(
+    tiny_checkpoint: Path, tmp_path: Path, lora: Any, freeze_vision: bool | None, form: str
+) -> None:
+    encoder = adapted(tiny_checkpoint, lora=lora, freeze_vision=freeze_vision, dtype="bfloat16")
+    again = MLLMEncoder.from_pretrained(save(encoder, tmp_path / "saved", form), dtype="bfloat16")
+    assert again.settings == encoder.settings
+    kinds = [{name: (p.requires_grad, p.dtype) for name, p in e.named_parameters()} for e in (encoder, again)]
+    assert kinds[0] == kinds[1]
+    entries = [Item("a red ellipse"), Item(image=Image.new("RGB", (40, 24), "red"))]
+    assert torch.equal(again.encode(entries), encoder.encode(entries))
+
+
+def test_a_directory_is_named_as_seen_from_its_adapter(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "here" / "base")
+    encoder = adapted(tmp_path / "here" / "base")
+    path = encoder.save_adapter(tmp_path / "here" / "saved")
+    settings = json.loads((path / "mmembed.json").read_text())
+    settings["base"]["path"] = "../base"
+    (path / "mmembed.json").write_text(json.dumps(settings))
+    (tmp_path / "elsewhere" / "at").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "at")
+    again = MLLMEncoder.from_pretrained(path)
+    assert torch.equal(again.encode_document(TEXTS), encoder.encode_document(TEXTS))
+    second = again.save_adapter(tmp_path / "second")  # its base is found from there too
+    assert torch.equal(MLLMEncoder.from_pretrained(second).encode_document(TEXTS), encoder.encode_document(TEXTS))
+    shutil.move(tmp_path / "here" / "base", tmp_path / "elsewhere" / "base")  # where the working directory would see it
+    with pytest.raises(UserInputError, match=r"was trained on '.*saved/\.\./base', which is not there"):
+        MLLMEncoder.from_pretrained(path)
+
+
 def test_an_adapter_of_a_loaded_adapter_names_the_first_base(tiny_checkpoint: Path, tmp_path: Path) -> None:
     first = adapted(tiny_checkpoint).save_adapter(tmp_path / "one")
     again = MLLMEncoder.from_pretrained(first, lora={"r": 8})
@@ -273,7 +308,7 @@ def test_a_checkpoint_of_a_sharded_encoder_keeps_every_weight(tiny_checkpoint: P
     weights = module.state_dict()
     checkpoint = {"state_dict": dict(weights)}
     module.on_save_checkpoint(checkpoint)
-    assert checkpoint.keys() == {"state_dict"}
+    assert checkpoint.keys() == {"state_dict", SETTINGS}
     assert checkpoint["state_dict"].keys() == weights.keys()
     module.on_load_checkpoint({"epoch": 3})  # the strategy has taken the weights out
 
@@ -316,6 +351,44 @@ def test_a_checkpoint_with_lora_is_refused_by_a_model_without_it_or_of_another_r
         encoder = tiny_module(tiny_checkpoint, lora=other).encoder
         with pytest.raises(UserInputError, match="trained with another architecture"):
             load_encoder_weights(encoder, tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"lora": {"lora_alpha": 8}}, r"lora=\{.*'lora_alpha': 64.*, and the model has lora=\{.*'lora_alpha': 8"),
+        ({"pooling": "last"}, "pooling='mean', and the model has pooling='last'"),
+        ({"bidirectional": False}, "bidirectional=True, and the model has bidirectional=False"),
+    ],
+)
+def test_a_checkpoint_of_an_encoder_that_was_built_in_another_way_is_refused(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, other: dict[str, Any], told: str
+) -> None:
+    given: dict[str, Any] = {"pooling": "mean", "lora": {}}
+    fit(tiny_module(tiny_checkpoint, **given), tiny_shards, tmp_path, max_steps=1)
+    module = tiny_module(tiny_checkpoint, **{**given, **other})
+    before = weights(module.encoder)
+    with pytest.raises(UserInputError, match=f"the checkpoint was trained with {told}"):
+        fit(module, tiny_shards, tmp_path / "resumed", tmp_path / "last.ckpt", max_steps=2)
+    with pytest.raises(UserInputError, match=f"ckpt_path='.*last.ckpt' was trained with {told}"):
+        load_encoder_weights(module.encoder, tmp_path / "last.ckpt")
+    assert all(torch.equal(value, before[name]) for name, value in weights(module.encoder).items())
+
+
+def test_a_checkpoint_is_loaded_with_other_lengths_and_padding_and_without_settings(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    module = tiny_module(tiny_checkpoint, lora={})
+    fit(module, tiny_shards, tmp_path, max_steps=1)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content[SETTINGS] == module.encoder.settings
+    free = {"max_length": 40, "padding_side": "left"}
+    encoder = MLLMEncoder.from_pretrained(tiny_checkpoint, lora={}, **free)
+    load_encoder_weights(encoder, tmp_path / "last.ckpt")
+    assert all(torch.equal(value, module.encoder.state_dict()[name]) for name, value in encoder.state_dict().items())
+    del content[SETTINGS]
+    torch.save(content, tmp_path / "older.ckpt")
+    load_encoder_weights(MLLMEncoder.from_pretrained(tiny_checkpoint, lora={}, pooling="last"), tmp_path / "older.ckpt")
 
 
 def test_a_saved_encoder_with_other_lora_than_asked_for_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from PIL import Image, ImageDraw
 from test_cli import composed
 from worlds import tiny_module, tiny_trainer
 
 from lightning_mmembed import MLLMEncoder, Query
-from lightning_mmembed.cli_files import INDEX_FILE, embed, quoted, search
+from lightning_mmembed.cli_files import EMBED_TEXTS, INDEX_FILE, SEARCH_TEXTS, embed, quoted, search
 from lightning_mmembed.data import MBEIRDataModule
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import file_sha256
 from lightning_mmembed.items import Item
 from lightning_mmembed.retrieval.report import GalleryQuery
 
@@ -210,7 +212,47 @@ def test_a_second_run_embeds_nothing_and_one_over_other_files_searches_those(
     assert names == {path.relative_to(photos).as_posix() for path in photos.rglob("*.*")}
 
 
+def test_an_index_is_refused_from_the_change_of_its_items_to_the_end_of_the_next_embedding(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    index = made(tiny_checkpoint, photos, tmp_path / "index")
+    (photos / "red.jpg").rename(photos / "zebra.jpg")  # as many items as before, in another order
+    assert len(found(index, "query=a red pet")) == 1, "the files may change, the list of them not"
+    with pytest.raises(InstantiationException, match="absent"):
+        made(tiny_checkpoint.with_name("absent"), photos, index)
+    with pytest.raises(UserInputError, match=r"was made of other items than items\.json lists now.*embed the source"):
+        found(index, "query=a red pet")
+    made(tiny_checkpoint, photos, index)
+    (one,) = found(index, f"query_image={photos / 'zebra.jpg'}", "top_k=12")
+    expected = by_hand(tiny_checkpoint, photos, Query(Item(None, (photos / "zebra.jpg").read_bytes())))
+    assert [result.did for result in one.results] == list(expected)
+
+
+def test_only_a_checkpoint_is_looked_for_where_the_command_was_started(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mean").mkdir()
+    (tmp_path / "here").symlink_to(tiny_checkpoint)
+    index = made(Path("here"), photos, tmp_path / "index", "model.encoder.pooling=mean")
+    model = json.loads((index / INDEX_FILE).read_text())["model"]
+    assert model["pooling"] == "mean"
+    assert model["pretrained_model_name_or_path"] == str(tiny_checkpoint.resolve())
+    monkeypatch.chdir(photos)
+    assert len(found(index, "query=a red pet")) == 1
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def empty_index(folder: Path, **changes: Any) -> Path:
+    """What a search reads before it loads a model; a change to ``...`` leaves a key out."""
+    (folder / "items.json").write_text(json.dumps({"root": "r", "items": [], "left_out": {}}))
+    facts = {"vectors": "v", "items": file_sha256(folder / "items.json"), "encoder": "e", "seed": 0, "dim": 1}
+    facts |= {"model": None, "ckpt_path": None, **changes}
+    facts = {key: value for key, value in facts.items() if value is not ...}
+    (folder / INDEX_FILE).write_text(json.dumps(facts))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -220,15 +262,67 @@ def test_a_second_run_embeds_nothing_and_one_over_other_files_searches_those(
         (("query=a", "queries=b.txt"), "give query=<text>"),
         (("query_image=absent.jpg",), "picture 'absent.jpg' cannot be read: No such file"),
         (("queries=absent.txt",), "'absent.txt' does not exist"),
+        (("query=a", "top_k=0"), "top_k=0 is no number of results; write 1 or more"),
+        (("query=a", "top_k=x"), "top_k='x' is no number of results"),
+        (("query=a", "device=foo"), "device='foo' cannot be used: .*foo"),
+        (("query=a", "device=meter:1"), "device='meter:1' cannot be used: "),
+        (("query=a", "page=."), r"page='\.' is a folder; give the name of a file"),
+        (("query=a", "out=."), r"out='\.' is a folder; give the name of a file"),
     ],
 )
-def test_a_query_that_cannot_be_used_is_named_before_a_model_is_loaded(
+def test_an_argument_that_cannot_be_used_is_named_before_a_model_is_loaded(
     tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
-    (tmp_path / INDEX_FILE).write_text(json.dumps({"vectors": "v", "dim": 1}))
-    (tmp_path / "items.json").write_text(json.dumps({"root": "r", "items": [], "left_out": {}}))
     with pytest.raises(UserInputError, match=message):
-        found(tmp_path, *overrides)
+        found(empty_index(tmp_path), *overrides)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match=r"device='cuda' cannot be used: .*; write cpu"):
+        found(empty_index(tmp_path), "query=a", "device=cuda")
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_by_both_commands(photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    root = (f"paths.root_dir={tmp_path}", "fabric.accelerator=cpu")
+    for place in (file, file / "below"):
+        for name, other in (("out", (f"source={photos}",)), ("vectors.directory", ())):
+            with pytest.raises(UserInputError, match=rf"^{name}='{place}' needs a folder where the file '{file}' is"):
+                embed(composed("embed", f"{name}={place}", *other, *root))
+    for name in ("out", "page"):
+        with pytest.raises(UserInputError, match=rf"^{name}='{file}/a/b' needs a folder where the file '{file}' is"):
+            found(empty_index(tmp_path), "query=a", f"{name}={file}/a/b")
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_bad_fraction=x", "max_bad_fraction='x' is no share"),
+        ("vectors.dtype=int8", "dtype='int8' is unknown; write 'float16' or 'float32'"),
+    ],
+)
+def test_a_setting_of_an_embedding_that_cannot_be_used_is_named(
+    photos: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserInputError, match=message):
+        made(tmp_path / "absent", photos, tmp_path / "index", override)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "\\xff"])
+def test_a_malformed_index_is_named(tmp_path: Path, content: str) -> None:
+    (empty_index(tmp_path) / INDEX_FILE).write_bytes(content.encode().decode("unicode_escape").encode("latin-1"))
+    with pytest.raises(UserInputError, match=r"index\.json is no index: .*; embed the source again"):
+        found(tmp_path, "query=a")
+
+
+@pytest.mark.parametrize("key", ["vectors", "items", "encoder", "seed", "dim", "model", "ckpt_path"])
+def test_an_index_without_one_of_its_facts_is_named(tmp_path: Path, key: str) -> None:
+    for value in (..., 1.5):
+        with pytest.raises(UserInputError, match=rf"index\.json is no index: it has no usable {key}; embed the source"):
+            found(empty_index(tmp_path, **{key: value}), "query=a")
 
 
 @pytest.mark.parametrize("overrides", [("source=photos",), ("out=index",)])
@@ -289,18 +383,26 @@ def test_vectors_that_are_gone_are_told(tiny_checkpoint: Path, photos: Path, tmp
         "[1,2]",
         "a=b",
         '"q"',
+        "IMG (1).jpg",
         "12",
         "",
     ],
 )
-@pytest.mark.parametrize("key", ["query", "instruction"])
-def test_a_text_on_the_command_line_is_taken_as_it_is_written(key: str, text: str) -> None:
-    assert composed("search", quoted(f"{key}={text}"))[key] == text
+@pytest.mark.parametrize("key", ["query", "instruction", "query_image", "queries", "index", "out", "page"])
+def test_a_text_or_path_of_a_search_is_taken_as_it_is_written(key: str, text: str) -> None:
+    assert composed("search", quoted(f"{key}={text}", SEARCH_TEXTS))[key] == text
+
+
+@pytest.mark.parametrize("text", ["IMG (1)", "what's, this", "${x}", "a=b", "12"])
+@pytest.mark.parametrize("key", ["source", "out"])
+def test_a_path_of_an_embedding_is_taken_as_it_is_written(key: str, text: str) -> None:
+    assert composed("embed", quoted(f"{key}={text}", EMBED_TEXTS))[key] == text
 
 
 def test_other_arguments_are_left_to_hydra() -> None:
-    for argument in ("top_k=3", "query=null", "query_image=a,b", "--cfg", "~data"):
-        assert quoted(argument) == argument
+    for argument in ("top_k=3", "query=null", "query", "device=a,b", "--cfg", "~data"):
+        assert quoted(argument, SEARCH_TEXTS) == argument
+    assert quoted("instruction=0", EMBED_TEXTS) == "instruction=0"
 
 
 def run(command: str, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -317,16 +419,21 @@ def run(command: str, directory: Path, *arguments: str) -> subprocess.CompletedP
 @pytest.mark.slow  # starts commands, which import torch and transformers
 def test_the_commands_find_pictures_from_a_shell(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     model = ("model=llava_next", f"model.encoder.pretrained_model_name_or_path={tiny_checkpoint}")
-    process = run("mmembed-embed", tmp_path, "source=photos", "out=vectors/photos", *model)
+    photos.rename(tmp_path / "photos (1)")
+    (tmp_path / "photos (1)" / "red.jpg").rename(tmp_path / "photos (1)" / "IMG (1).jpg")
+    process = run("mmembed-embed", tmp_path, "source=photos (1)", "out=vectors/photos, mine", *model)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1] == "vectors: vectors/photos"
-    asked = ("query=what's red, and a pet?", "instruction=Find a picture.", "top_k=3", "page=found.html")
-    process = run("mmembed-search", tmp_path, "index=vectors/photos", *asked)
+    assert process.stdout.splitlines()[-1] == "vectors: vectors/photos, mine"
+    asked = ("query=what's red, and a pet?", "instruction=Find a picture.", "top_k=3", "page=found (1).html")
+    picture = "query_image=photos (1)/IMG (1).jpg"
+    process = run("mmembed-search", tmp_path, "index=vectors/photos, mine", picture, *asked)
     assert process.returncode == 0, process.stderr
-    assert "what's red, and a pet?" in process.stdout
+    assert "what's red, and a pet?" in " ".join(process.stdout.split())
     assert process.stdout.count("image") == 3
-    assert process.stdout.splitlines()[-1] == "page: found.html"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.html", "photos", "vectors"]
+    assert process.stdout.splitlines()[-1] == "page: found (1).html"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found (1).html", "photos (1)", "vectors"]
+    process = run("mmembed-search", tmp_path, "index=vectors/photos, mine", "query=a", "top_k=0")
+    assert (process.returncode, process.stderr) == (2, "error: top_k=0 is no number of results; write 1 or more\n")
     process = run("mmembed-search", tmp_path, "index=absent", "query=a")
     assert process.returncode == 2
     assert process.stderr.startswith("error: index='absent' holds no index.json")

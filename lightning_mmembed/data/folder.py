@@ -144,6 +144,7 @@ def _row(number: str, record: Any) -> FileItem:
     values = [record.get(key) for key in ("txt", "img_path")] if isinstance(record, dict) else [None]
     if not any(values) or not all(isinstance(value, str | None) for value in values):
         raise TypeError(f"{record!r} has neither a text nor the path of a picture")
+    (values[0] or "").encode()  # JSON can name half of a surrogate pair, which no tokenizer takes
     return FileItem(number, values[0] or None, values[1] or None)
 
 
@@ -158,8 +159,10 @@ def checked_source(source: str | Path, out: Path, max_bad_fraction: float = 0.00
         max_bad_fraction: Share of the items that may be left out; each is logged.
 
     Raises:
-        UserInputError: If more cannot be used, or the source is malformed.
+        UserInputError: If more cannot be used, the share is none, or the source is malformed.
     """
+    if not isinstance(max_bad_fraction, int | float) or not 0 <= max_bad_fraction <= 1:
+        raise UserInputError(f"max_bad_fraction={max_bad_fraction!r} is no share; write a number from 0 to 1")
     items = read_source(source)
     with locked(out / ITEMS_FILE):  # of several processes one checks
         made_of = {"fingerprint": items.fingerprint(), "root": str(items.root.resolve())}

@@ -145,9 +145,13 @@ def find_base(path: str, settings: Mapping[str, Any]) -> str:
     if base["revision"] is not None:
         files = ["*.json", "*.safetensors", "*.model", "*.txt"]
         return snapshot_download(base["path"], revision=base["revision"], allow_patterns=files)
-    if Path(base["path"]).is_absolute() and not Path(base["path"]).is_dir():
+    place = Path(path) / base["path"]  # an absolute one stays as it is
+    if place.is_dir():
+        return str(place)
+    # Anything else would be a hub id, which transformers seeks in the working directory first.
+    if Path(base["path"]).is_absolute() or base["path"].startswith(".") or Path(base["path"]).is_dir():
         raise UserInputError(
-            f"adapter {path!r} was trained on {base['path']!r}, which is not there; put that checkpoint there, or "
-            f"write where it is as base.path in {path}/mmembed.json"
+            f"adapter {path!r} was trained on {str(place)!r}, which is not there; put that checkpoint there, or "
+            f"write where it is, as seen from the adapter, as base.path in {path}/mmembed.json"
         )
     return str(base["path"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_mmembed.encoders.processor import Bucket, EncoderInputs, ItemProcessor
-from lightning_mmembed.encoders.prompts import Entry
+from lightning_mmembed.encoders.prompts import Entry, item_of
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Candidate, Item, Query
 from lightning_mmembed.progress import progress_bar
@@ -76,6 +77,8 @@ class Encoder(nn.Module):
         Returns:
             ``(N, D)`` unit vectors in float32, in the order of the items.
         """
+        if not len(inputs):  # there is no pass of a backbone with nothing in it
+            return torch.zeros(0, self.embedding_dim, device=self.device)
         rows = torch.cat([self.encode_bucket(bucket) for bucket in inputs.buckets])
         vectors = torch.zeros_like(rows).index_copy(0, inputs.order, rows)
         return F.normalize(vectors, dim=-1)
@@ -117,8 +120,8 @@ class Encoder(nn.Module):
             ``(N, D)`` unit vectors in float32, on the CPU.
 
         Raises:
-            UserInputError: If an item is none of these, or a picture is missing, broken, without area or larger than
-                PIL allows; the message names its path or its position.
+            UserInputError: If an item is none of these, a text holds half of a surrogate pair, or a picture is missing,
+                broken, without area or larger than PIL allows; the message names its path or its position.
         """
         return self.encode(_Entries(items, instruction, is_query=True), **options)
 
@@ -178,15 +181,15 @@ class Encoder(nn.Module):
             ``(N, D)`` unit vectors in float32, on the CPU, in the order of the entries.
 
         Raises:
-            UserInputError: If a picture cannot be decoded, an instruction leaves no room for its query, or a number is
-                too small.
+            UserInputError: If a picture cannot be decoded, a text holds half of a surrogate pair, an instruction leaves
+                no room for its query, or a number is too small.
         """
         processor = self.processor if max_length is None else self.processor.limited(max_length)
         budget = self.tokens_per_batch if tokens_per_batch is None else tokens_per_batch
         vectors, truncated = [torch.zeros(0, self.embedding_dim)], 0
         with progress_bar(show_progress_bar) as progress:
             bar = progress.add_task("encoding", total=len(entries))
-            for inputs in processor.windows(entries, budget, batch_size):
+            for inputs in processor.windows(_checked(entries), budget, batch_size):
                 vectors.append(self.encode_inputs(inputs))
                 truncated += inputs.truncated
                 progress.advance(bar, len(inputs))
@@ -197,11 +200,21 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def encode_inputs(self, inputs: EncoderInputs) -> Tensor:
         """Encode prepared items in evaluation mode, from any device; the vectors come back on the CPU."""
-        was_training = self.training
-        self.eval()
-        vectors: Tensor = self(inputs.to(self.device)).cpu()
-        self.train(was_training)
+        with evaluating(self):
+            vectors: Tensor = self(inputs.to(self.device)).cpu()
         return vectors
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, after which each part is in the mode that it was in, whatever happens."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def log_truncated(truncated: int, total: int, processor: ItemProcessor) -> None:
@@ -229,23 +242,52 @@ def to_item(value: ItemLike) -> Item:
     """Make an item of a text, a picture, the path of a picture, or a pair of a picture or its path and a text.
 
     Raises:
-        UserInputError: If ``value`` is something else, or the file cannot be read.
+        UserInputError: If ``value`` is something else, its text holds half of a surrogate pair, or the file cannot be
+            read.
 
     Example:
         >>> to_item("a red bus")
         Item(text='a red bus', image=None)
     """
-    if isinstance(value, Item):
-        return value
-    if isinstance(value, str):
-        return Item(text=value)
+    if isinstance(value, Item | str):
+        item = value if isinstance(value, Item) else Item(text=value)
+        _check_text(item.text)
+        return item
     image, text = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if isinstance(image, Image.Image | Path) and isinstance(text, str | None):
+        _check_text(text)
         return Item(text, read_picture(image) if isinstance(image, Path) else image)
     raise UserInputError(
         f"item={value!r} is a {type(value).__name__}; give a str, a PIL image or an (image, text) pair, where a "
         "pathlib.Path stands for the picture in its file"
     )
+
+
+def _check_text(text: str | None) -> None:
+    """Refuse what no tokenizer takes; JSON can name it, and so can an argument that is not UTF-8."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise UserInputError(
+            f"its text or instruction holds {error.object[error.start]!a}, half of a surrogate pair, which is no "
+            "character; take it out, or write texts in UTF-8"
+        ) from error
+
+
+def _checked(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """The entries as they are read; one with a text that cannot be used is named by its id or position."""
+    for position, entry in enumerate(entries):
+        name, texts = "", [item_of(entry).text]
+        if isinstance(entry, Query):
+            name, texts = entry.qid, [entry.instruction, *texts]
+        elif isinstance(entry, Candidate):
+            name = entry.did
+        try:
+            for text in texts:
+                _check_text(text)
+        except UserInputError as error:
+            raise UserInputError(f"{name or f'items[{position}]'}: {error}") from error
+        yield entry
 
 
 def read_picture(path: Path) -> bytes:

@@ -80,7 +80,10 @@ def model_card(
 
 
 def _evaluation(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """What the template says of ``metrics.json``: rows of (task, metric, figure by pool), and the protocol."""
+    """What the template says of ``metrics.json``: rows of (task, metric, figure by pool), and the protocol.
+
+    A path says nothing to others, and something of the machine: of the checkpoint's, only the file's name is given.
+    """
     try:
         content = metrics if isinstance(metrics, Mapping) else json.loads(Path(metrics).read_text())
         pools = [pool for pool in ("union", "local") if pool in content]
@@ -93,7 +96,10 @@ def _evaluation(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         groups = [
             (group, "", [_percent(headlines[pool].get(group)) for pool in pools]) for group in first if group != "tasks"
         ]
-        return {"pools": pools, "rows": rows + groups, "protocol": content["protocol"]}
+        protocol = dict(content["protocol"])
+        if "checkpoint" in protocol:
+            protocol["checkpoint"] = Path(protocol["checkpoint"]).name
+        return {"pools": pools, "rows": rows + groups, "protocol": protocol}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         given = "the mapping" if isinstance(metrics, Mapping) else repr(str(metrics))
         raise UserInputError(

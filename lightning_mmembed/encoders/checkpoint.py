@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "max_length": 128,
     "padding_side": "right",
     "prompts": "plain",
+    "freeze_vision": None,
 }
 
 
@@ -80,8 +81,9 @@ class Checkpoint:
     @property
     def identity(self) -> dict[str, str | None]:
         """What an adapter that is trained from here calls its base."""
-        known: dict[str, str | None] | None = self.own.get("base")
-        return known or identity(self.base)
+        known: dict[str, str | None] = self.own.get("base") or {}
+        # A directory may be named as seen from this adapter, and the next one lies elsewhere.
+        return known if known.get("revision") else identity(self.base)
 
     def processor(self, length_buckets: int) -> ItemProcessor:
         """The processor of items.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_mmembed.encoders.base import evaluating
 from lightning_mmembed.encoders.processor import Bucket, EncoderInputs
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Item
@@ -45,13 +46,8 @@ def check_contracts(encoder: MLLMEncoder) -> list[Contract]:
     The encoder is left as it was. Checked are :func:`text_only_rows`, :func:`batch_invariance`,
     :func:`padding_side_invariance`, :func:`pictures_count`, :func:`final_norm` and :func:`attention`.
     """
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        with torch.inference_mode():
-            return [_outcome(name, check, encoder) for name, check in CONTRACTS.items()]
-    finally:
-        encoder.train(was_training)
+    with evaluating(encoder), torch.inference_mode():
+        return [_outcome(name, check, encoder) for name, check in CONTRACTS.items()]
 
 
 def require(encoder: MLLMEncoder, path: str) -> None:
@@ -218,8 +214,13 @@ def _distance(one: Tensor, two: Tensor) -> float:
 def _equal(name: str, encoder: MLLMEncoder, one: Tensor, two: Tensor) -> Contract:
     distance = _distance(one, two)
     # Written so that a NaN fails.
-    passed = distance <= TOLERANCES[next(encoder.backbone.parameters()).dtype]
-    return Contract(name, passed, f"difference {distance:.1e}")
+    return Contract(name, distance <= _tolerance(encoder.backbone), f"difference {distance:.1e}")
+
+
+def _tolerance(backbone: nn.Module) -> float:
+    """That of the coarsest type: what is trained may be in float32 beside it, and quantised weights have none."""
+    present = {parameter.dtype for parameter in backbone.parameters()}
+    return max((TOLERANCES[dtype] for dtype in present & TOLERANCES.keys()), default=max(TOLERANCES.values()))
 
 
 def _differ(name: str, one: Tensor, two: Tensor, otherwise: str) -> Contract:

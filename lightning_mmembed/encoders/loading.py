@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -23,6 +24,14 @@ POOLING_FILE = "pooling.safetensors"
 #: Weights that a checkpoint may hold beyond the backbone's: the head, and buffers of older versions of transformers.
 IGNORED = ("lm_head.", "position_ids", "rotary_emb.inv_freq")
 
+#: What :data:`SETTINGS_FILE` may hold: a type, or one of some values. What an argument sets too is checked at its use.
+SETTINGS: dict[str, type | tuple[str, ...]] = {
+    "bidirectional": bool,
+    "max_length": int,
+    "pooling_options": dict,
+    "prompts": ("plain", "mm-embed"),
+}
+
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
@@ -31,6 +40,8 @@ def reading(path: str) -> Iterator[None]:
         yield
     except UserInputError:
         raise
+    except ImportError as error:  # of a tokenizer, such as one that needs sentencepiece
+        raise UserInputError(f"checkpoint {path!r} cannot be read: {error}") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserInputError(
             f"checkpoint {path!r} cannot be read: {error}. Give a directory with config.json and *.safetensors, or a "
@@ -61,8 +72,9 @@ def load_backbone(path: str, config: PretrainedConfig, ignored: tuple[str, ...] 
 
     Raises:
         UserInputError: If the checkpoint lacks weights, or holds some that the model has no use for, or an option
-            needs a package that is not installed.
+            needs a package that is not installed, or ``dtype`` is no type of weights.
     """
+    check_dtype(options.get("dtype", "auto"))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)  # the check below takes the place of its report on the weights
     try:
@@ -81,6 +93,23 @@ def load_backbone(path: str, config: PretrainedConfig, ignored: tuple[str, ...] 
         transformers_logging.set_verbosity(verbosity)
     check_weights(path, type(backbone).__name__, info, ignored)
     return backbone
+
+
+def check_dtype(dtype: Any) -> None:
+    """Make sure that weights can be of a type.
+
+    Args:
+        dtype: A type of torch or its name; ``"auto"`` is the checkpoint's own.
+
+    Raises:
+        UserInputError: If it is neither, or no type of floating-point numbers.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UserInputError(
+            f"dtype={dtype!r} is no type of weights; write 'float32', 'bfloat16' or 'float16', or 'auto' for the "
+            "checkpoint's own"
+        )
 
 
 def quantization(value: Any, kept: tuple[str, ...]) -> Any:
@@ -129,9 +158,33 @@ def check_weights(path: str, model: str, info: dict[str, Any], ignored: tuple[st
 
 
 def read_json(path: str, name: str) -> dict[str, Any] | None:
-    """A JSON file of a checkpoint, or ``None`` if there is none."""
+    """A JSON file of a checkpoint, or ``None`` if there is none.
+
+    Raises:
+        UserInputError: If it holds something else than an object, or a setting that cannot be used.
+    """
     file = find_file(path, name)
-    return None if file is None else json.loads(file.read_text())
+    if file is None:
+        return None
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise UserInputError(f"{str(file)!r} holds a {type(content).__name__}, not an object; download it again")
+    if name == SETTINGS_FILE:
+        _check_settings(file, content)
+    return content
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    for key, allowed in SETTINGS.items():
+        if key not in settings:
+            continue
+        value = settings[key]
+        fits = value in allowed if isinstance(allowed, tuple) else type(value) is allowed
+        if not fits:
+            wanted = f"one of {allowed}" if isinstance(allowed, tuple) else f"of type {allowed.__name__}"
+            raise UserInputError(
+                f"{str(file)!r} has {key}={value!r}, which is not {wanted}; mend it, or save the encoder again"
+            )
 
 
 def find_file(path: str, name: str) -> Path | None:

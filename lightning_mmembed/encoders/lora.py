@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mmembed.encoders.families import Family
+from lightning_mmembed.encoders.families.idefics import Idefics3
 from lightning_mmembed.errors import UserInputError
 
 _ADAPTER = "default"
@@ -29,10 +30,11 @@ class LoRA:
         r: Rank.
         lora_alpha: The product of the two matrices is scaled by ``lora_alpha / r``.
         lora_dropout: Share of a layer's inputs that the matrices do not see in a training step.
-        target_modules: Ends of the names of the layers, such as ``["q_proj", "v_proj"]``; by default all linear ones.
+        target_modules: Ends of the names of the layers, such as ``["q_proj", "v_proj"]``; by default all linear ones,
+            which ``"all-linear"`` means too. A single name need not be in a list.
 
     Raises:
-        UserInputError: If the rank is not positive.
+        UserInputError: If the rank is not positive, or the dropout is no share.
 
     Example:
         >>> LoRA(r=16)
@@ -47,16 +49,25 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserInputError(f"lora.r={self.r} is no rank; write 1 or more, or lora=null to train every weight")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserInputError(f"lora.lora_dropout={self.lora_dropout} is no share; write 0 or more, and less than 1")
+        if isinstance(self.target_modules, str):
+            names = None if self.target_modules == "all-linear" else [self.target_modules]
+            object.__setattr__(self, "target_modules", names)
 
     @classmethod
     def of(cls, value: LoRA | Mapping[str, Any] | None) -> LoRA | None:
         """Settings from a mapping, such as a node of a configuration or of a saved encoder.
 
         Raises:
-            UserInputError: If the mapping has a key that is no setting.
+            UserInputError: If it is no mapping, or has a key that is no setting.
         """
         if value is None or isinstance(value, LoRA):
             return value
+        if not isinstance(value, Mapping):
+            raise UserInputError(
+                f"lora={value!r} is no mapping; write settings such as {{r: 16}}, {{}} for the paper's, or null"
+            )
         known = [field.name for field in fields(cls)]
         unknown = sorted(value.keys() - set(known))
         if unknown:
@@ -109,6 +120,10 @@ def _keep_in_float32(backbone: Any, family: Family) -> None:
         backbone.get_submodule(name).register_forward_pre_hook(_cast_inputs, with_kwargs=True)
     if family.projector:
         backbone.get_submodule(family.projector).register_forward_hook(partial(_cast_output, embeddings))
+    if isinstance(family, Idefics3):
+        # SmolVLM puts pictures into the embeddings in the type of the model's first weight, which is the tower's.
+        embeddings.register_forward_hook(partial(_cast_output, backbone.get_submodule(family.vision)))
+        backbone.get_submodule(family.language_model).register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
 def _inject(language_model: nn.Module, lora: LoRA) -> None:
@@ -132,8 +147,8 @@ def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return tuple(_cast(value, own) for value in args), {name: _cast(value, own) for name, value in kwargs.items()}
 
 
-def _cast_output(embeddings: nn.Embedding, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.to(embeddings.weight.dtype)
+def _cast_output(other: nn.Module, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.to(next(parameter.dtype for parameter in other.parameters()))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

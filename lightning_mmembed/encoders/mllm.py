@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_mmembed import integrations
 from lightning_mmembed.encoders import contracts, mm_embed
 from lightning_mmembed.encoders.adapters import ADAPTER_FILE, write_adapter
 from lightning_mmembed.encoders.base import Encoder
@@ -60,6 +59,7 @@ class MLLMEncoder(Encoder):
         self.embedding_dim = int(text_config.hidden_size)
         self._pooled = {"pooling": pooling, "pooling_options": pooling_options or {}}
         self.lora: LoRA | None = None
+        self.freeze_vision: bool | None = None
         self.base: dict[str, str | None] | None = None
 
     @property
@@ -72,6 +72,7 @@ class MLLMEncoder(Encoder):
             "padding_side": self.processor.padding_side,
             "prompts": self.processor.prompts.name,
             "lora": None if self.lora is None else self.lora.to_dict(),
+            "freeze_vision": self.freeze_vision,
         }
 
     @property
@@ -115,7 +116,7 @@ class MLLMEncoder(Encoder):
                 vision tower and projector are not quantised.
             lora: Settings of :class:`~lightning_mmembed.encoders.lora.LoRA`, ``{}`` for the paper's: the language
                 model is frozen and LoRA put on it. By default what was saved, else every weight is trained.
-            freeze_vision: Freeze the vision tower; by default only with LoRA, as in the paper.
+            freeze_vision: Freeze the vision tower; by default what was saved, else only with LoRA, as in the paper.
             gradient_checkpointing: Save memory in training: compute activations again in the backward pass.
             check_contracts: Check what an encoder promises (:mod:`~lightning_mmembed.encoders.contracts`), by default
                 only for a family without an adapter.
@@ -131,6 +132,7 @@ class MLLMEncoder(Encoder):
             "bidirectional": bidirectional,
             "max_length": max_length,
             "padding_side": padding_side,
+            "freeze_vision": freeze_vision,
         }
         with reading(path):
             checkpoint = Checkpoint.read(path, given)
@@ -143,7 +145,7 @@ class MLLMEncoder(Encoder):
             )
             encoder.base = checkpoint.identity
             checkpoint.load_pooling(encoder.pooling)
-            encoder._choose_trained(checkpoint.lora(lora), freeze_vision, gradient_checkpointing)
+            encoder._choose_trained(checkpoint.lora(lora), settings["freeze_vision"], gradient_checkpointing)
             checkpoint.load_adapter(encoder)
         if isinstance(encoder.family, Generic) if check_contracts is None else check_contracts:
             contracts.require(encoder, path)
@@ -152,7 +154,7 @@ class MLLMEncoder(Encoder):
     def _choose_trained(
         self, lora: LoRA | None, freeze_vision: bool | None = None, gradient_checkpointing: bool = False
     ) -> None:
-        self.lora = lora
+        self.lora, self.freeze_vision = lora, freeze_vision
         self.pooling.to(self.backbone.dtype if lora is None else torch.float32)
         choose_trained(self.backbone, self.family, lora, lora is not None if freeze_vision is None else freeze_vision)
         if gradient_checkpointing:
@@ -242,17 +244,6 @@ class MLLMEncoder(Encoder):
             UserInputError: If the encoder is of another make than MM-Embed, or the directory is in use.
         """
         return write_released(self, directory)
-
-    def export_sentence_transformers(self, directory: str | Path) -> Path:
-        """Write the encoder to a new directory for sentence-transformers: texts and pictures, with the same vectors.
-
-        ``SentenceTransformer(directory, trust_remote_code=True)`` loads it where ``lightning_mmembed`` is installed:
-        the flag lets it import that package, and no other code is run. :meth:`from_pretrained` reads it too.
-
-        Raises:
-            UserInputError: If sentence-transformers is not installed, or the directory is in use.
-        """
-        return integrations.export_sentence_transformers(self, directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **card: Any) -> str:
         """Upload the encoder with its model card; gives the address of the commit.

@@ -125,9 +125,15 @@ def settings(path: str, config: Any) -> dict[str, Any]:
     """How the release's encoder is built; puts the text embedder's configuration in the place of ``text_config``.
 
     Raises:
-        UserInputError: If the text embedder's configuration cannot be found.
+        UserInputError: If the text embedder is not named, or its configuration cannot be found.
     """
-    return use_text_embedder(config, _retriever(path, config.retriever))
+    name = getattr(config, "retriever", None)
+    if not isinstance(name, str):
+        raise UserInputError(
+            f"checkpoint {path!r} has architectures={[ARCHITECTURE]}, but its config.json names no text embedder: "
+            f"retriever={name!r}; write 'nvidia/NV-Embed-v1', or the name of a folder with its config.json"
+        )
+    return use_text_embedder(config, _retriever(path, name))
 
 
 def use_text_embedder(config: Any, retriever: dict[str, Any]) -> dict[str, Any]:
@@ -167,14 +173,24 @@ def pooling_weights(path: str) -> dict[str, Tensor]:
     return latent_attention(read_tensors(path, LATENT_ATTENTION))
 
 
-def read_tensors(path: str, prefix: str) -> dict[str, Tensor]:
+def read_tensors(path: str, prefix: str, skipped: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose names begin with ``prefix``, by the rest of their names.
+
+    Args:
+        path: A directory or a hub id. Files without such tensors are not opened, nor downloaded.
+        prefix: How the names begin.
+        skipped: How the names of tensors begin that are not read all the same.
 
     Raises:
         UserInputError: If a file of the checkpoint is missing.
     """
+
+    def wanted(key: str) -> bool:
+        return key.startswith(prefix) and not key.startswith(skipped)
+
     index = read_json(path, "model.safetensors.index.json")
-    names = {"model.safetensors"} if index is None else set(index["weight_map"].values())
+    files = {} if index is None else index["weight_map"]
+    names = {"model.safetensors"} if index is None else {file for key, file in files.items() if wanted(key)}
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
         file = find_file(path, name)
@@ -182,7 +198,7 @@ def read_tensors(path: str, prefix: str) -> dict[str, Tensor]:
             raise UserInputError(f"checkpoint {path!r} has no {name}; download it again")
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - not a dict
-                if key.startswith(prefix):
+                if wanted(key):
                     tensors[key.removeprefix(prefix)] = weights.get_tensor(key)
     return tensors
 

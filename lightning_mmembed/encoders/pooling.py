@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mmembed.errors import UserInputError
+
 
 class MeanPooling(nn.Module):
     """Mean of the pooled token states."""
@@ -76,7 +78,7 @@ def build_pooling(name: str, hidden_size: int, **options: int) -> nn.Module:
     """Make a pooling by its name; ``options`` are further arguments of :class:`LatentAttentionPooling`.
 
     Raises:
-        ValueError: If ``name`` is none of ``latent-attention``, ``mean``, ``last``.
+        UserInputError: If ``name`` is none of ``latent-attention``, ``mean``, ``last``.
     """
     if name == "mean":
         return MeanPooling()
@@ -84,4 +86,4 @@ def build_pooling(name: str, hidden_size: int, **options: int) -> nn.Module:
         return LastTokenPooling()
     if name == "latent-attention":
         return LatentAttentionPooling(hidden_size, **options)
-    raise ValueError(f"pooling={name!r} is unknown; write 'latent-attention', 'mean' or 'last'")
+    raise UserInputError(f"pooling={name!r} is unknown; write 'latent-attention', 'mean' or 'last'")

@@ -87,14 +87,14 @@ class ItemProcessor:
         padding_side: ``"right"`` or ``"left"``; no vector depends on it.
 
     Raises:
-        ValueError: If ``padding_side`` is neither.
+        UserInputError: If ``padding_side`` is neither.
     """
 
     def __init__(
         self, prompts: PromptTokenizer, family: Family, length_buckets: int = 4, padding_side: str = "right"
     ) -> None:
         if padding_side not in PADDING_SIDES:
-            raise ValueError(f"padding_side={padding_side!r} is unknown; write one of {PADDING_SIDES}")
+            raise UserInputError(f"padding_side={padding_side!r} is unknown; write one of {PADDING_SIDES}")
         self.prompts, self.family = prompts, family
         self.length_buckets, self.padding_side = length_buckets, padding_side
 

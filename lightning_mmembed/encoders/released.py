@@ -14,7 +14,14 @@ from transformers import LlavaNextModel
 
 from lightning_mmembed.encoders import mm_embed
 from lightning_mmembed.encoders.families import LlavaNext
-from lightning_mmembed.encoders.loading import check_weights, load_config, load_tokenizer, read_json, reading
+from lightning_mmembed.encoders.loading import (
+    check_dtype,
+    check_weights,
+    load_config,
+    load_tokenizer,
+    read_json,
+    reading,
+)
 from lightning_mmembed.encoders.lora import plain_weights
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import new_directory
@@ -25,6 +32,9 @@ if TYPE_CHECKING:
 TEXT_EMBEDDER = "nvidia/NV-Embed-v1"
 #: Where the text embedder's configuration lies in a checkpoint whose text embedder is not NV-Embed-v1's size.
 RETRIEVER_FOLDER = "retriever"
+
+#: How the names of a LLaVA-NeXT's language model and its head begin, by version of transformers.
+_LANGUAGE_MODEL = ("language_model.", "model.language_model.", "lm_head.")
 
 #: What the release's text configurations say by the names that we keep them under.
 _TEXT_FIELDS = (
@@ -84,8 +94,9 @@ def join_parts(llava_next: str, nv_embed: str, dtype: torch.dtype | str) -> Part
         dtype: Type of the backbone's weights.
 
     Raises:
-        UserInputError: If one of them is another kind of checkpoint, or their widths differ.
+        UserInputError: If one of them is another kind of checkpoint, or their widths differ, or ``dtype`` is unknown.
     """
+    check_dtype(dtype)
     with reading(nv_embed):
         retriever = read_json(nv_embed, "config.json") or {}
         if not {"text_config", "latent_attention_config"} <= retriever.keys():
@@ -104,8 +115,8 @@ def join_parts(llava_next: str, nv_embed: str, dtype: torch.dtype | str) -> Part
                 "'llava-hf/llava-v1.6-mistral-7b-hf'"
             )
         settings = mm_embed.use_text_embedder(config, retriever)
-        tensors = {key.removeprefix("model."): value for key, value in mm_embed.read_tensors(llava_next, "").items()}
-        rest = {key: value for key, value in tensors.items() if not key.startswith(("language_model.", "lm_head."))}
+        tensors = mm_embed.read_tensors(llava_next, "", skipped=_LANGUAGE_MODEL)
+        rest = {key.removeprefix("model."): value for key, value in tensors.items()}
         loaded: Any = LlavaNextModel.from_pretrained(
             None, config=config, state_dict=rest | text, output_loading_info=True, dtype=dtype
         )
@@ -140,10 +151,18 @@ def check_make(encoder: MLLMEncoder) -> None:
     Raises:
         UserInputError: If it is of another make.
     """
-    settings, text = encoder.settings, encoder.backbone.config.get_text_config()
+    settings, config = encoder.settings, encoder.backbone.config
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    width = text.hidden_size // text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
     found = {
         "family": (type(encoder.family).__name__, LlavaNext.__name__),
         "language model": (text.model_type, "mistral"),
+        "vision tower": (getattr(vision, "model_type", None), "clip_vision_model"),
+        # What its configurations have no field for.
+        "width of a head": (getattr(text, "head_dim", None) or width, width),
+        "rotary positions": (rope.get("rope_type", "default"), "default"),
+        "bias of the projector": (getattr(config, "multimodal_projector_bias", True), True),
         "pooling": (settings["pooling"], "latent-attention"),
         "prompts": (settings["prompts"], mm_embed.MMEmbedPrompts.name),
         "bidirectional": (settings["bidirectional"], True),

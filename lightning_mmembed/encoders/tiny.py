@@ -101,21 +101,7 @@ def build_tiny_llava_next(
         patch_size=patch_size,
         projection_dim=hidden_size,
     )
-    text = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
-        max_position_embeddings=1024,
-        sliding_window=None,
-        # 0.02, the default, is meant for wide models: the deviation goes with one over the root of the width.
-        initializer_range=hidden_size**-0.5 / 2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = _tiny_mistral(tokenizer, hidden_size, num_layers, num_heads, intermediate_size)
     config = LlavaNextConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
@@ -130,6 +116,26 @@ def build_tiny_llava_next(
     model.save_pretrained(directory)
     _tiny_processor(tokenizer, image_size, patch_size).save_pretrained(directory)
     return directory
+
+
+def _tiny_mistral(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int
+) -> MistralConfig:
+    return MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=1024,
+        sliding_window=None,
+        # 0.02, the default, is meant for wide models: the deviation goes with one over the root of the width.
+        initializer_range=hidden_size**-0.5 / 2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -128,6 +128,8 @@ def _item(value: Any) -> Item:
     if isinstance(value, dict):
         if not value or value.keys() - {"text", "image"}:
             raise UserInputError(f"input={value!r} has keys {sorted(value)}; give 'text', 'image' or both")
+        if all(part is None for part in value.values()):
+            raise UserInputError(f"input={value!r} has neither a text nor a picture; give 'text', 'image' or both")
         image = Path(value["image"]) if isinstance(value.get("image"), str) else value.get("image")
         pair: Any = value["text"] if image is None else (image, value.get("text"))
         return to_item(pair)
@@ -137,7 +139,18 @@ def _item(value: Any) -> Item:
 
 
 def export(encoder: Savable, directory: str | Path) -> Path:
-    """Write an encoder for sentence-transformers; see :meth:`MLLMEncoder.export_sentence_transformers`."""
+    """Write an encoder so that sentence-transformers loads it, for texts and pictures, with the same vectors.
+
+    ``SentenceTransformer(directory, trust_remote_code=True)`` loads it where ``lightning_mmembed`` is installed: the
+    flag lets it import that package, and no other code is run.
+
+    Args:
+        encoder: The encoder, which can be read again from the directory too.
+        directory: A new or an empty one.
+
+    Raises:
+        UserInputError: If the directory is in use.
+    """
     with new_directory(directory) as building:
         model = SentenceTransformer(
             modules=[EncoderModule(encoder)], device=str(encoder.device), similarity_fn_name="cosine"

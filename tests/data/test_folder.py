@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -90,6 +91,7 @@ def test_json_lines_name_texts_and_pictures_beside_the_file(tmp_path: Path) -> N
         ("a.jsonl", b'{"text": "a"}', r"a\.jsonl:1: .* has neither a text nor the path of a picture"),
         ("a.jsonl", b'{"txt": 7}', r"a\.jsonl:1: "),
         ("a.jsonl", b'["a"]', r"a\.jsonl:1: "),
+        ("a.jsonl", b'{"txt": "a"}\n{"txt": "a\\ud800"}', r"a\.jsonl:2: .*\\ud800.* not allowed; write texts in UTF-8"),
         ("a.txt", b"\n \n", r"a\.txt' holds no item"),
     ],
 )
@@ -167,6 +169,12 @@ def test_a_picture_that_a_line_names_and_nobody_has_is_told(tmp_path: Path) -> N
     path.write_text('{"txt": "a"}\n{"img_path": "absent.png"}')
     with pytest.raises(UserInputError, match="such as 2: its picture is missing"):
         checked_source(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", ["x", None, -0.1, 1.5, float("nan")])
+def test_what_is_no_share_is_refused_before_a_picture_is_read(tmp_path: Path, share: Any) -> None:
+    with pytest.raises(UserInputError, match=r"max_bad_fraction=.* is no share; write a number from 0 to 1"):
+        checked_source(tmp_path / "absent", tmp_path / "out", share)
 
 
 def test_pictures_are_checked_once_and_again_when_one_has_changed(

@@ -124,11 +124,29 @@ def test_checking_leaves_the_encoder_as_it_was(family_checkpoint: Checkpoint, tr
     encoder = MLLMEncoder.from_pretrained(family_checkpoint("qwen2_vl")).train(training)
     before = encoder.encode_document(["a red pet"])
     buckets, padding_side = encoder.processor.length_buckets, encoder.processor.padding_side
+    encoder.backbone.visual.train(not training)  # a part in another mode than the whole
+    modes = {name: module.training for name, module in encoder.named_modules()}
     check_contracts(encoder)
-    assert encoder.training is training
+    assert {name: module.training for name, module in encoder.named_modules()} == modes
     assert (encoder.processor.length_buckets, encoder.processor.padding_side) == (buckets, padding_side)
     assert not any(module._forward_hooks for module in encoder.backbone.language_model.modules())
     assert torch.equal(encoder.encode_document(["a red pet"]), before)
+
+
+@pytest.mark.parametrize("defect", [None, Breaks])
+def test_encoding_leaves_each_part_in_its_mode_also_after_an_error(
+    family_checkpoint: Checkpoint, defect: type[LlavaNext] | None
+) -> None:
+    encoder = MLLMEncoder.from_pretrained(family_checkpoint("llava_next")).train()
+    encoder.backbone.vision_tower.eval()
+    modes = {name: module.training for name, module in encoder.named_modules()}
+    assert set(modes.values()) == {True, False}
+    if defect is None:
+        encoder.encode_document(["a red pet"])
+    else:
+        with pytest.raises(IndexError, match="no such position"):
+            with_defect(encoder, defect).encode_document(["a red pet"])
+    assert {name: module.training for name, module in encoder.named_modules()} == modes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -136,6 +154,29 @@ def test_checking_leaves_the_encoder_as_it_was(family_checkpoint: Checkpoint, tr
 def test_half_types_are_given_their_own_tolerance(family_checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
     encoder = MLLMEncoder.from_pretrained(family_checkpoint(name), dtype=dtype)
     assert broken(check_contracts(encoder)) == set()
+
+
+def test_float32_weights_beside_bfloat16_ones_are_given_the_tolerance_of_those(family_checkpoint: Checkpoint) -> None:
+    encoder = MLLMEncoder.from_pretrained(family_checkpoint("llava_next"), dtype="bfloat16", lora={})
+    assert next(encoder.backbone.parameters()).dtype == torch.float32
+    assert broken(check_contracts(encoder)) == set()
+
+
+def test_quantised_weights_count_for_no_tolerance(family_checkpoint: Checkpoint) -> None:
+    encoder = MLLMEncoder.from_pretrained(family_checkpoint("qwen2_vl"))
+    packed = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    encoder.backbone.register_parameter("packed", packed)
+    assert next(encoder.backbone.parameters()) is packed
+    assert broken(check_contracts(encoder)) == set()
+    assert broken(check_contracts(with_noise(encoder, 1e-3))) != set()  # float32 is still held to its own
+
+
+def with_noise(encoder: MLLMEncoder, scale: float) -> MLLMEncoder:
+    """Another difference in each pass."""
+    encoder.backbone.language_model.norm.register_forward_hook(
+        lambda module, given, output: output + scale * torch.randn(output.shape)
+    )
+    return encoder
 
 
 # --- gradient -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_mmembed import Candidate, MLLMEncoder, Query
+from lightning_mmembed.encoders.base import to_item
 from lightning_mmembed.encoders.processor import EncoderInputs, ItemProcessor, passes
 from lightning_mmembed.encoders.prompts import Entry
 from lightning_mmembed.errors import UserInputError
@@ -363,6 +364,35 @@ def test_a_family_that_refuses_a_picture_names_the_item(encoder: MLLMEncoder, mo
 def test_what_is_no_item_is_named_with_its_position(encoder: MLLMEncoder, value: Any) -> None:
     with pytest.raises(UserInputError, match=r"^items\[2\].*; give a str, a PIL image or an \(image, text\) pair"):
         encoder.encode_query(["a", "b", value])
+
+
+HALF = "a\ud800b"
+
+
+@pytest.mark.parametrize("value", [HALF, Item(HALF), (Image.new("RGB", (2, 2)), HALF)], ids=["str", "item", "pair"])
+def test_a_text_with_half_of_a_surrogate_pair_is_named_with_its_position(encoder: MLLMEncoder, value: Any) -> None:
+    for encode in (encoder.encode_query, encoder.encode_document):
+        with pytest.raises(UserInputError, match=r"^items\[40\]: .*'\\ud800', half of a surrogate pair"):
+            encode(["a pet"] * 40 + [value])
+    with pytest.raises(UserInputError, match=r"half of a surrogate pair"):
+        to_item(value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        (Item(HALF), r"items\[40\]"),
+        (Candidate(Item(HALF), "9:7"), "9:7"),
+        (Query(Item(HALF), qid="9:8"), "9:8"),
+        (Query(Item("a pet"), HALF), r"items\[40\]"),
+    ],
+    ids=["item", "candidate", "query", "instruction"],
+)
+def test_an_entry_with_half_of_a_surrogate_pair_is_named_by_id_or_position(
+    encoder: MLLMEncoder, entry: Entry, name: str
+) -> None:
+    with pytest.raises(UserInputError, match=rf"^{name}: .*'\\ud800', half of a surrogate pair"):
+        encoder.encode([Item("a pet")] * 40 + [entry])
 
 
 @pytest.mark.parametrize("value", ["a pet", Path("a.jpg"), Image.new("RGB", (2, 2)), Item("a pet")])

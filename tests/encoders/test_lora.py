@@ -103,6 +103,11 @@ def test_lora_can_be_put_on_some_layers_only(tiny_checkpoint: Path) -> None:
     assert found == {"q_proj", "v_proj"}
 
 
+def test_a_single_name_is_one_layer_and_all_linear_is_the_default() -> None:
+    assert LoRA(target_modules="q_proj") == LoRA(target_modules=["q_proj"])
+    assert LoRA.of({"target_modules": "all-linear"}) == LoRA()
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
 def test_the_vectors_are_those_of_peft_with_the_same_weights(tiny_checkpoint: Path) -> None:
     encoder = loaded(tiny_checkpoint, lora={"r": 4, "lora_alpha": 6}, pooling="mean")
@@ -135,6 +140,24 @@ def test_lora_is_trained_saved_and_merged_in_every_family(
     for path in forms:
         again = MLLMEncoder.from_pretrained(path, check_contracts=False)
         torch.testing.assert_close(again.encode(ENTRIES), encoder.encode(ENTRIES), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*WORLDS, "aya_vision"])
+def test_a_vision_tower_is_trained_in_float32_beside_lora_and_bfloat16_in_every_family(
+    family_checkpoint: Callable[[str], Path], name: str
+) -> None:
+    options: dict[str, Any] = {"pooling": "mean", "check_contracts": False, "lora": {}, "freeze_vision": False}
+    exact, rounded = (loaded(family_checkpoint(name), dtype=dtype, **options) for dtype in ("float32", "bfloat16"))
+    tower = f"backbone.{rounded.family.vision}."
+    assert {p.dtype for part, p in trained(rounded).items() if part.startswith(tower)} == {torch.float32}
+    expected, found = exact.encode(ENTRIES), rounded.encode(ENTRIES)
+    assert float((expected * found).sum(-1).min()) > 0.995
+    disturb(exact)
+    disturb(rounded)
+    assert {part for part, gradient in gradients(rounded).items() if gradient.abs().sum()} == {
+        part for part, gradient in gradients(exact).items() if gradient.abs().sum()
+    }
+    assert any(part.startswith(tower) for part in gradients(rounded))
 
 
 def test_merged_weights_are_the_base_and_the_scaled_product(tiny_checkpoint: Path) -> None:
@@ -266,6 +289,14 @@ def test_a_setting_that_lora_does_not_have_is_named(tiny_checkpoint: Path) -> No
         loaded(tiny_checkpoint, lora={"rank": 3})
     with pytest.raises(UserInputError, match=r"lora.r=0 is no rank; write 1 or more"):
         loaded(tiny_checkpoint, lora={"r": 0})
+    with pytest.raises(UserInputError, match=r"lora=8 is no mapping; write settings such as \{r: 16\}, \{\} for"):
+        loaded(tiny_checkpoint, lora=8)
+
+
+@pytest.mark.parametrize("dropout", [1.5, 1.0, -0.1])
+def test_a_dropout_that_is_no_share_is_named(dropout: float) -> None:
+    with pytest.raises(UserInputError, match=rf"lora.lora_dropout={dropout} is no share; write 0 or more, and less"):
+        LoRA(lora_dropout=dropout)
 
 
 def test_layers_that_are_not_there_are_named_with_those_that_are(tiny_checkpoint: Path) -> None:

@@ -84,6 +84,15 @@ def test_the_metrics_are_those_of_the_evaluation(encoder: MLLMEncoder, metrics: 
     assert model_card(encoder, "me/mine", metrics=content).text == card.text
 
 
+def test_no_path_of_the_evaluation_s_machine_is_published(encoder: MLLMEncoder, metrics: Path, tmp_path: Path) -> None:
+    content = json.loads(metrics.read_text())
+    content["protocol"]["checkpoint"] = str(tmp_path / "runs" / "best.ckpt")
+    text = model_card(encoder, "me/mine", metrics=content).text
+    assert "; checkpoint best.ckpt." in text
+    assert str(tmp_path) not in text
+    assert content["protocol"]["checkpoint"] == str(tmp_path / "runs" / "best.ckpt")
+
+
 def test_the_card_says_how_the_encoder_is_built(tiny_checkpoint: Path) -> None:
     encoder = MLLMEncoder.from_pretrained(tiny_checkpoint, pooling="last", bidirectional=False, max_length=17)
     rows = table(model_card(encoder, "me/mine"), "property")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from worlds import ARCHITECTURE
 
 from lightning_mmembed import MLLMEncoder, Query
+from lightning_mmembed.encoders.checkpoint import PROMPTS
+from lightning_mmembed.encoders.loading import SETTINGS, reading
 from lightning_mmembed.encoders.tiny import BUILD_FILE, build_tiny_llava_next, tiny_encoder
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Item
@@ -135,6 +138,13 @@ def test_a_gradient_step_changes_the_vectors(tiny_checkpoint: Path) -> None:
     assert (after[:, 0] < before[:, 0]).all()
 
 
+@pytest.mark.parametrize("tokens_per_batch", [None, 100])
+def test_nothing_has_no_vectors_of_the_encoder_s_width(tiny_checkpoint: Path, tokens_per_batch: int | None) -> None:
+    encoder = MLLMEncoder.from_pretrained(tiny_checkpoint)
+    vectors = encoder(encoder.processor([], tokens_per_batch))
+    assert (vectors.shape, vectors.dtype) == ((0, encoder.embedding_dim), torch.float32)
+
+
 # --- wrong input ----------------------------------------------------------------------------------------------------
 
 
@@ -149,9 +159,56 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path: Path) -> None:
         MLLMEncoder.from_pretrained(tmp_path)
 
 
-def test_an_unknown_pooling_is_named(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="pooling='max' is unknown; write 'latent-attention', 'mean' or 'last'"):
-        MLLMEncoder.from_pretrained(tiny_checkpoint, pooling="max")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pooling": "max"}, "pooling='max' is unknown; write 'latent-attention', 'mean' or 'last'"),
+        ({"padding_side": "top"}, r"padding_side='top' is unknown; write one of \('right', 'left'\)"),
+        ({"dtype": "float23"}, "dtype='float23' is no type of weights; write 'float32'"),
+        ({"dtype": "nn"}, "dtype='nn' is no type of weights"),
+        ({"dtype": torch.int8}, r"dtype=torch\.int8 is no type of weights"),
+    ],
+)
+def test_an_unknown_value_is_named_and_the_checkpoint_not_blamed(
+    tiny_checkpoint: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserInputError, match=f"^{message}"):
+        MLLMEncoder.from_pretrained(tiny_checkpoint, **given)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.float16])
+def test_a_type_is_given_by_itself_or_by_its_name(tiny_checkpoint: Path, dtype: Any) -> None:
+    wanted = {"auto": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    assert MLLMEncoder.from_pretrained(tiny_checkpoint, dtype=dtype).backbone.dtype == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"prompts": "x"}, r"has prompts='x', which is not one of \('plain', 'mm-embed'\)"),
+        ({"max_length": "x"}, "has max_length='x', which is not of type int"),
+        ({"bidirectional": "no"}, "has bidirectional='no', which is not of type bool"),
+        ({"pooling_options": [1]}, r"has pooling_options=\[1\], which is not of type dict"),
+        ([1], "holds a list, not an object"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named_with_their_file(
+    tiny_checkpoint: Path, tmp_path: Path, content: Any, message: str
+) -> None:
+    directory = MLLMEncoder.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "saved")
+    (directory / "mmembed.json").write_text(json.dumps(content))
+    with pytest.raises(UserInputError, match=rf"^'.*saved/mmembed\.json' {message}"):
+        MLLMEncoder.from_pretrained(directory)
+
+
+def test_all_ways_to_write_prompts_may_stand_in_the_settings() -> None:
+    assert SETTINGS["prompts"] == tuple(PROMPTS)
+
+
+def test_a_missing_package_is_what_the_message_is_about() -> None:
+    message = r"^checkpoint 'mine' cannot be read: No module named 'sentencepieces'$"
+    with pytest.raises(UserInputError, match=message), reading("mine"):
+        importlib.import_module("sentencepieces")
 
 
 def test_something_that_is_no_item_is_named(tiny_checkpoint: Path) -> None:

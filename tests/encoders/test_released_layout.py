@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from family_worlds import CLIP, WORLDS, World, build, llava, siglip
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
@@ -135,6 +137,58 @@ def test_an_encoder_of_another_make_is_not_passed_off_as_the_release(
     assert not (tmp_path / "released").exists()
 
 
+def llava_next_world(text: dict[str, Any], **changed: Any) -> World:
+    """A LLaVA-NeXT with Mistral like MM-Embed's, but for what is given."""
+
+    def config(ids: dict[str, int]) -> dict[str, Any]:
+        whole = llava("llava_next", "mistral", CLIP, -2, "default")(ids) | changed
+        return whole | {"text_config": whole["text_config"] | text}
+
+    return World(config, WORLDS["llava_next"].special, WORLDS["llava_next"].pictures)
+
+
+@pytest.mark.parametrize(
+    ("text", "changed", "message"),
+    [
+        ({}, {"vision_config": siglip()}, "vision tower='siglip_vision_model', the released MM-Embed 'clip_vision"),
+        ({"head_dim": 8}, {}, "width of a head=8, the released MM-Embed 16"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {},
+            "rotary positions='linear', the released MM-Embed 'default'",
+        ),
+        ({}, {"multimodal_projector_bias": False}, "bias of the projector=False, the released MM-Embed True"),
+    ],
+)
+def test_an_encoder_that_the_layout_has_no_fields_for_is_refused(
+    tmp_path: Path, text: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
+    checkpoint = build(tmp_path / "checkpoint", llava_next_world(text, **changed))
+    (checkpoint / "mmembed.json").write_text(json.dumps({"prompts": "mm-embed"}))
+    other = MLLMEncoder.from_pretrained(checkpoint, pooling="latent-attention")
+    with pytest.raises(UserInputError, match=message):
+        other.save_released(tmp_path / "released")
+    assert not (tmp_path / "released").exists()
+
+
+def test_an_encoder_like_those_with_all_the_fields_comes_back_from_the_layout(tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "checkpoint", llava_next_world({}))
+    (checkpoint / "mmembed.json").write_text(json.dumps({"prompts": "mm-embed"}))
+    other = MLLMEncoder.from_pretrained(checkpoint, pooling="latent-attention")
+    again = MLLMEncoder.from_pretrained(other.save_released(tmp_path / "released"))
+    assert torch.equal(again.encode_document(["a red bus"]), other.encode_document(["a red bus"]))
+
+
+@pytest.mark.parametrize("named", [{}, {"retriever": None}])
+def test_a_release_that_names_no_text_embedder_is_refused(tmp_path: Path, named: dict[str, Any]) -> None:
+    shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    del config["retriever"]
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config | named))
+    with pytest.raises(UserInputError, match=r"its config\.json names no text embedder: retriever=None; write 'nvidia"):
+        MLLMEncoder.from_pretrained(tmp_path / "checkpoint")
+
+
 def test_a_one_sided_encoder_is_not_passed_off_as_the_release(tmp_path: Path) -> None:
     other = MLLMEncoder.from_pretrained(CHECKPOINT, bidirectional=False)
     with pytest.raises(UserInputError, match="bidirectional=False, the released MM-Embed True"):
@@ -242,6 +296,58 @@ def test_parts_in_several_files_are_read_whole(tensors: dict[str, Tensor], tmp_p
     joined = MLLMEncoder.from_parts(write_llava_next(tmp_path / "llava", tensors, False), nv_embed)
     case = CASES[0]
     torch.testing.assert_close(joined.encode(entries_of(case)), EXPECTED[case["id"]], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("newer_names", [False, True])
+def test_the_language_model_that_is_replaced_is_not_read(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer_names: bool
+) -> None:
+    llava_next = write_llava_next(tmp_path / "llava", tensors, newer_names)
+    read: list[str] = []
+
+    class Spy:
+        def __init__(self, file: Path, framework: str) -> None:
+            self.file, self.weights = file, safe_open(file, framework=framework)
+
+        def __enter__(self) -> Spy:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.weights.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return list(self.weights.keys())
+
+        def get_tensor(self, name: str) -> Tensor:
+            if self.file.is_relative_to(llava_next):
+                read.append(name)
+            value: Tensor = self.weights.get_tensor(name)
+            return value
+
+    monkeypatch.setattr(mm_embed, "safe_open", Spy)
+    MLLMEncoder.from_parts(llava_next, write_nv_embed(tmp_path / "nv", tensors))
+    there = load_file(llava_next / "model.safetensors")
+    assert {name for name in there if "language_model" not in name and "lm_head" not in name} == set(read)
+    assert len(set(read)) == len(read) < len(there)
+
+
+def test_a_file_with_nothing_but_the_language_model_is_not_needed(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    llava_next = write_llava_next(tmp_path / "llava", tensors, False)
+    whole = load_file(llava_next / "model.safetensors")
+    (llava_next / "model.safetensors").unlink()
+    files = {key: f"{'language' if 'language_model' in key or 'lm_head' in key else 'rest'}" for key in whole}
+    rest = {key: value for key, value in whole.items() if files[key] == "rest"}
+    save_file(rest, llava_next / "rest.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": {key: f"{file}.safetensors" for key, file in files.items()}}
+    (llava_next / "model.safetensors.index.json").write_text(json.dumps(index))
+    joined = MLLMEncoder.from_parts(llava_next, write_nv_embed(tmp_path / "nv", tensors))
+    case = CASES[0]
+    torch.testing.assert_close(joined.encode(entries_of(case)), EXPECTED[case["id"]], rtol=0, atol=5e-6)
+
+
+def test_parts_of_an_unknown_type_are_refused_before_any_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match=r"^dtype='float23' is no type of weights"):
+        MLLMEncoder.from_parts(tmp_path / "llava", tmp_path / "nv", dtype="float23")
 
 
 def test_parts_that_are_not_what_they_should_be_are_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:

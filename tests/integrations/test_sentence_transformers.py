@@ -156,14 +156,14 @@ def test_similarities_are_cosines(pair: tuple[Encoder, SentenceTransformer]) -> 
 
 def test_the_export_is_read_by_this_package_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
     encoder = plain(tiny_checkpoint, pooling="latent-attention")
-    directory = encoder.export_sentence_transformers(tmp_path / "exported")
+    directory = export(encoder, tmp_path / "exported")
     assert torch.equal(MLLMEncoder.from_pretrained(directory).encode(ITEMS), encoder.encode(ITEMS))
     (module,) = json.loads((directory / "modules.json").read_text())
     assert module["type"] == "lightning_mmembed.integrations.sentence_transformers.EncoderModule"
 
 
 def test_options_reach_the_encoder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    directory = plain(tiny_checkpoint).export_sentence_transformers(tmp_path / "exported")
+    directory = export(plain(tiny_checkpoint), tmp_path / "exported")
     model = SentenceTransformer(
         str(directory), trust_remote_code=True, device="cpu", model_kwargs={"max_length": 9, "dtype": "bfloat16"}
     )
@@ -185,7 +185,7 @@ def test_the_encoder_may_be_trained_there(tiny_checkpoint: Path) -> None:
 @pytest.mark.slow
 def test_the_export_is_loaded_in_a_fresh_process_without_a_network(tiny_checkpoint: Path, tmp_path: Path) -> None:
     encoder = plain(tiny_checkpoint)
-    directory = encoder.export_sentence_transformers(tmp_path / "exported")
+    directory = export(encoder, tmp_path / "exported")
     RED.save(tmp_path / "red.png")
     code = (
         "import sys, numpy; from sentence_transformers import SentenceTransformer\n"
@@ -202,7 +202,7 @@ def test_the_export_is_loaded_in_a_fresh_process_without_a_network(tiny_checkpoi
 
 
 def test_without_leave_to_import_this_package_nothing_is_loaded(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    directory = plain(tiny_checkpoint).export_sentence_transformers(tmp_path / "exported")
+    directory = export(plain(tiny_checkpoint), tmp_path / "exported")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         SentenceTransformer(str(directory), device="cpu")
 
@@ -212,6 +212,8 @@ def test_without_leave_to_import_this_package_nothing_is_loaded(tiny_checkpoint:
     [
         ({"audio": [0.0]}, r"has keys \['audio'\]; give 'text', 'image' or both"),
         ({"role": "user", "content": "a red bus"}, r"has keys \['content', 'role'\]"),
+        ({"image": None}, r"input=\{'image': None\} has neither a text nor a picture"),
+        ({"text": None, "image": None}, "has neither a text nor a picture; give 'text', 'image' or both"),
         (7, "item=7 is a int"),
     ],
 )
@@ -230,16 +232,7 @@ def test_documents_get_no_instruction(tiny_checkpoint: Path) -> None:
 def test_what_stands_in_a_directory_is_not_written_over(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserInputError, match="is in use"):
-        plain(tiny_checkpoint).export_sentence_transformers(tmp_path)
-
-
-def test_without_the_library_the_extra_is_named(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    monkeypatch.delitem(sys.modules, "lightning_mmembed.integrations.sentence_transformers")
-    with pytest.raises(UserInputError, match=r"pip install 'lightning-mmembed\[sentence-transformers\]'"):
-        plain(tiny_checkpoint).export_sentence_transformers(tmp_path / "exported")
+        export(plain(tiny_checkpoint), tmp_path)
 
 
 def test_a_query_keeps_its_instruction_whatever_the_batch_size(tiny_checkpoint: Path) -> None:
