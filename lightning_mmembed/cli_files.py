@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from lightning_mmembed.retrieval.embed import VectorStore
     from lightning_mmembed.retrieval.report import GalleryQuery
 
-INDEX_FILE = "index.json"
-
 #: Queries whose results are printed.
 _SHOWN = 20
 
@@ -38,10 +35,6 @@ _LOADERS = (
 
 #: Their arguments that may be folders, which a search finds wherever it is started.
 _CHECKPOINTS = ("pretrained_model_name_or_path", "llava_next", "nv_embed")
-
-#: What an index says.
-_INDEX_KEYS: dict[str, Any] = dict.fromkeys(("vectors", "items", "encoder"), str) | dict.fromkeys(("seed", "dim"), int)
-_INDEX_KEYS |= {"model": dict | None, "ckpt_path": str | None}
 
 #: Arguments of the command lines that are taken as they are written.
 EMBED_TEXTS = ("source", "out")
@@ -103,8 +96,7 @@ def _embed_split(cfg: DictConfig, store: VectorStore, device: Any) -> str:
 
 
 def _embed_files(cfg: DictConfig, store: VectorStore, device: Any) -> str:
-    from lightning_mmembed.data.folder import ITEMS_FILE, checked_source
-    from lightning_mmembed.files import file_sha256, write_atomically
+    from lightning_mmembed.data.folder import checked_source, write_index
     from lightning_mmembed.retrieval.embed import encoder_fingerprint
 
     items = checked_source(cfg.source, store.directory, cfg.max_bad_fraction)
@@ -121,15 +113,13 @@ def _embed_files(cfg: DictConfig, store: VectorStore, device: Any) -> str:
     vectors = store.embed(encoder, items, content, made_by, "embedding", items.likeness)
     made = {
         "vectors": store.folder(content, made_by).name,
-        "items": file_sha256(store.directory / ITEMS_FILE),
         "encoder": made_by,
         "seed": cfg.seed,
         "dim": vectors.dim,
         "model": _plain_model(cfg.model.encoder),
         "ckpt_path": None if cfg.ckpt_path is None else str(Path(cfg.ckpt_path).resolve()),
     }
-    # Last: the vectors that an index names are whole. It names the list of items too, which a later run replaces first.
-    write_atomically(store.directory / INDEX_FILE, json.dumps(made, indent=1))
+    write_index(store.directory, made)
     return f"{len(vectors):,} items, {vectors.dim} dimensions, {vectors.dtype}"
 
 
@@ -193,7 +183,7 @@ def search(cfg: DictConfig) -> list[GalleryQuery]:
     """
     from rich.console import Console
 
-    from lightning_mmembed.data.folder import known_items
+    from lightning_mmembed.data.folder import known_items, read_index
     from lightning_mmembed.files import write_atomically
     from lightning_mmembed.retrieval.found import found_table, run_lines, write_page
     from lightning_mmembed.retrieval.search import exact_search
@@ -205,7 +195,7 @@ def search(cfg: DictConfig) -> list[GalleryQuery]:
         if cfg[name] is not None:
             _check_place(name, cfg[name], is_folder=False)
     apply_extras(cfg)
-    device, index, made = _device(cfg.device), Path(cfg.index), _read_index(cfg.index)
+    device, index, made = _device(cfg.device), Path(cfg.index), read_index(cfg.index)
     items, queries = known_items(index), _queries(cfg)
     vectors = Vectors(sorted((index / made["vectors"]).glob("part-*.npy")), made["dim"])
     if len(vectors) != len(items):
@@ -227,33 +217,6 @@ def search(cfg: DictConfig) -> list[GalleryQuery]:
     if cfg.page is not None:
         print(f"page: {write_page(cfg.page, f'Search of {cfg.index}', found)}")
     return found
-
-
-def _read_index(index: str) -> dict[str, Any]:
-    """What an index says, where it is of the items that lie beside it."""
-    from lightning_mmembed.data.folder import ITEMS_FILE
-    from lightning_mmembed.files import file_sha256
-
-    path, items = Path(index) / INDEX_FILE, Path(index) / ITEMS_FILE
-    if not path.is_file():
-        raise UserInputError(
-            f"index={index!r} holds no {INDEX_FILE}: make it with mmembed-embed source=... out={index}, which goes on "
-            "where it was stopped"
-        )
-    try:
-        made: Any = json.loads(path.read_bytes())
-    except ValueError:
-        made = None
-    facts = made if isinstance(made, dict) else {}
-    broken = [key for key, kind in _INDEX_KEYS.items() if key not in facts or not isinstance(facts[key], kind)]
-    if broken:
-        raise UserInputError(f"{path} is no index: it has no usable {', '.join(broken)}; embed the source again")
-    if not items.is_file() or file_sha256(items) != facts["items"]:
-        raise UserInputError(
-            f"index={index!r} was made of other items than {ITEMS_FILE} lists now, as when a later embedding did not "
-            "finish; embed the source again"
-        )
-    return facts
 
 
 def _queries(cfg: DictConfig) -> list[Query]:
@@ -298,7 +261,7 @@ def _named_encoder(cfg: DictConfig, made: dict[str, Any]) -> Encoder:
         encoder: Encoder = hydra.utils.get_method(loader)(**arguments)
     except TypeError as error:
         raise UserInputError(
-            f"{cfg.index}/{INDEX_FILE} names a model that cannot be loaded ({error}); give model=... yourself"
+            f"{cfg.index}/index.json names a model that cannot be loaded ({error}); give model=... yourself"
         ) from error
     return _with_weights(encoder, cfg.ckpt_path or made["ckpt_path"])
 

@@ -19,8 +19,9 @@ from test_cli import composed
 from worlds import tiny_module, tiny_trainer
 
 from lightning_mmembed import MLLMEncoder, Query
-from lightning_mmembed.cli_files import EMBED_TEXTS, INDEX_FILE, SEARCH_TEXTS, embed, quoted, search
+from lightning_mmembed.cli_files import EMBED_TEXTS, SEARCH_TEXTS, embed, quoted, search
 from lightning_mmembed.data import MBEIRDataModule
+from lightning_mmembed.data.folder import INDEX_FILE
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import file_sha256
 from lightning_mmembed.items import Item

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_mmembed.data.pictures import picture_problem
 from lightning_mmembed.encoders.base import read_picture
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.files import fingerprint, locked, write_atomically
+from lightning_mmembed.files import file_sha256, fingerprint, locked, write_atomically
 from lightning_mmembed.items import Candidate, Item, Modality
 from lightning_mmembed.progress import progress_bar
 
@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 ITEMS_FILE = "items.json"
+INDEX_FILE = "index.json"
+
+#: What an index says.
+_INDEX_KEYS: dict[str, Any] = dict.fromkeys(("vectors", "items", "encoder"), str) | dict.fromkeys(("seed", "dim"), int)
+_INDEX_KEYS |= {"model": dict | None, "ckpt_path": str | None}
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,43 @@ def known_items(out: Path) -> FileItems:
     if known is None:
         raise UserInputError(f"{out / ITEMS_FILE} is missing; make it with mmembed-embed source=... out={out}")
     return FileItems(Path(known["root"]), [FileItem(**row) for row in known["items"]])
+
+
+def write_index(out: Path, made: dict[str, Any]) -> None:
+    """Write what the vectors of a folder are: last, so that those which an index names are whole.
+
+    It names the list of items too, which a later run replaces first.
+    """
+    made = made | {"items": file_sha256(out / ITEMS_FILE)}
+    write_atomically(out / INDEX_FILE, json.dumps(made, indent=1))
+
+
+def read_index(index: str) -> dict[str, Any]:
+    """What an index says, where it is of the items that lie beside it.
+
+    Raises:
+        UserInputError: If there is no index, a broken one, or one of other items.
+    """
+    path, items = Path(index) / INDEX_FILE, Path(index) / ITEMS_FILE
+    if not path.is_file():
+        raise UserInputError(
+            f"index={index!r} holds no {INDEX_FILE}: make it with mmembed-embed source=... out={index}, which goes on "
+            "where it was stopped"
+        )
+    try:
+        made: Any = json.loads(path.read_bytes())
+    except ValueError:
+        made = None
+    facts = made if isinstance(made, dict) else {}
+    broken = [key for key, kind in _INDEX_KEYS.items() if key not in facts or not isinstance(facts[key], kind)]
+    if broken:
+        raise UserInputError(f"{path} is no index: it has no usable {', '.join(broken)}; embed the source again")
+    if not items.is_file() or file_sha256(items) != facts["items"]:
+        raise UserInputError(
+            f"index={index!r} was made of other items than {ITEMS_FILE} lists now, as when a later embedding did not "
+            "finish; embed the source again"
+        )
+    return facts
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
