@@ -122,6 +122,12 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; ``None`` if there is no file."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()

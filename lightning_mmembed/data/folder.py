@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_mmembed.data.pictures import picture_problem
 from lightning_mmembed.encoders.base import read_picture
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.files import file_sha256, fingerprint, locked, write_atomically
+from lightning_mmembed.files import file_sha256, fingerprint, locked, read_json, write_atomically
 from lightning_mmembed.items import Candidate, Item, Modality
 from lightning_mmembed.progress import progress_bar
 
@@ -171,7 +171,7 @@ def checked_source(source: str | Path, out: Path, max_bad_fraction: float = 0.00
     items = read_source(source)
     with locked(out / ITEMS_FILE):  # of several processes one checks
         made_of = {"fingerprint": items.fingerprint(), "root": str(items.root.resolve())}
-        known = _read_json(out / ITEMS_FILE)
+        known = read_json(out / ITEMS_FILE)
         if known is None or not made_of.items() <= known.items():
             left_out = _problems(items)
             for name, problem in left_out.items():
@@ -194,7 +194,7 @@ def known_items(out: Path) -> FileItems:
     Raises:
         UserInputError: If it keeps none.
     """
-    known = _read_json(out / ITEMS_FILE)
+    known = read_json(out / ITEMS_FILE)
     if known is None:
         raise UserInputError(f"{out / ITEMS_FILE} is missing; make it with mmembed-embed source=... out={out}")
     return FileItems(Path(known["root"]), [FileItem(**row) for row in known["items"]])
@@ -235,10 +235,6 @@ def read_index(index: str) -> dict[str, Any]:
             "finish; embed the source again"
         )
     return facts
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _problems(items: FileItems) -> dict[str, str]:

@@ -12,7 +12,7 @@ from lightning_mmembed.data.layout import SPLITS, MBEIRLayout
 from lightning_mmembed.data.pictures import extracted_picture, picture_problem
 from lightning_mmembed.data.places import Place
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.files import fingerprint
+from lightning_mmembed.files import fingerprint, read_json
 from lightning_mmembed.items import encode_id
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ def source_fingerprint(layout: MBEIRLayout, parts: list[Path], *settings: Any) -
 
 def finished_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of shards of any version; None where there are none."""
-    path = directory / MANIFEST_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    manifest: dict[str, Any] | None = read_json(directory / MANIFEST_FILE)
+    return manifest
 
 
 def hold_the_records_of(directory: str | Path, source: str | Path) -> bool:

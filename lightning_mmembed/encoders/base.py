@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_mmembed.encoders.processor import Bucket, EncoderInputs, ItemProcessor
-from lightning_mmembed.encoders.prompts import Entry, item_of
+from lightning_mmembed.encoders.processor import Bucket, EncoderInputs, ItemProcessor, check_text
+from lightning_mmembed.encoders.prompts import Entry
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Candidate, Item, Query
 from lightning_mmembed.progress import progress_bar
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
         vectors, truncated = [torch.zeros(0, self.embedding_dim)], 0
         with progress_bar(show_progress_bar) as progress:
             bar = progress.add_task("encoding", total=len(entries))
-            for inputs in processor.windows(_checked(entries), budget, batch_size):
+            for inputs in processor.windows(entries, budget, batch_size):
                 vectors.append(self.encode_inputs(inputs))
                 truncated += inputs.truncated
                 progress.advance(bar, len(inputs))
@@ -251,43 +251,16 @@ def to_item(value: ItemLike) -> Item:
     """
     if isinstance(value, Item | str):
         item = value if isinstance(value, Item) else Item(text=value)
-        _check_text(item.text)
+        check_text(item.text)
         return item
     image, text = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if isinstance(image, Image.Image | Path) and isinstance(text, str | None):
-        _check_text(text)
+        check_text(text)
         return Item(text, read_picture(image) if isinstance(image, Path) else image)
     raise UserInputError(
         f"item={value!r} is a {type(value).__name__}; give a str, a PIL image or an (image, text) pair, where a "
         "pathlib.Path stands for the picture in its file"
     )
-
-
-def _check_text(text: str | None) -> None:
-    """Refuse what no tokenizer takes; JSON can name it, and so can an argument that is not UTF-8."""
-    try:
-        str(text).encode()
-    except UnicodeEncodeError as error:
-        raise UserInputError(
-            f"its text or instruction holds {error.object[error.start]!a}, half of a surrogate pair, which is no "
-            "character; take it out, or write texts in UTF-8"
-        ) from error
-
-
-def _checked(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """The entries as they are read; one with a text that cannot be used is named by its id or position."""
-    for position, entry in enumerate(entries):
-        name, texts = "", [item_of(entry).text]
-        if isinstance(entry, Query):
-            name, texts = entry.qid, [entry.instruction, *texts]
-        elif isinstance(entry, Candidate):
-            name = entry.did
-        try:
-            for text in texts:
-                _check_text(text)
-        except UserInputError as error:
-            raise UserInputError(f"{name or f'items[{position}]'}: {error}") from error
-        yield entry
 
 
 def read_picture(path: Path) -> bytes:

@@ -19,6 +19,7 @@ from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Query
 
 ARCHITECTURE = "NVMMEmbedModel"
+TEXT_EMBEDDER = "nvidia/NV-Embed-v1"
 LATENT_ATTENTION = "latent_attention_model."
 
 #: The text embedder's configuration, where a checkpoint names it by its hub id: nothing more need be downloaded.
@@ -77,7 +78,8 @@ class MMEmbedPrompts(PromptTokenizer):
             UserInputError: If an instruction leaves no room for its query, or an item with a picture spells out the
                 image token.
         """
-        return [self._tokenize(entry, self._write(entry)) for entry in entries]
+        prompts = [self._write(entry) for entry in entries]
+        return [self._of(*given) for given in zip(entries, prompts, self._ids(prompts), strict=True)]
 
     def _write(self, entry: Entry) -> str:
         item, head = item_of(entry), ""
@@ -86,12 +88,13 @@ class MMEmbedPrompts(PromptTokenizer):
         template = head + ("" if item.image is None else "<image>\n") + "<text>"
         return template.replace("<text>", item.text or "")
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _tokenize(self, entry: Entry, prompt: str) -> Tokens:
-        whole = self._ids(prompt)
+    def _of(self, entry: Entry, prompt: str, whole: list[int]) -> Tokens:
         kept = whole[: self.max_length - 2]
         image_at = None
         if item_of(entry).image is not None:
@@ -113,7 +116,7 @@ class MMEmbedPrompts(PromptTokenizer):
             return 0
         shift = _PICTURE_SHIFT if has_image and "<image>" in before else 0
         # BOS and EOS are counted: there is no EOS here, so that the newline is left out in its stead.
-        return 1 + len(self._ids(before)) + 1 + shift
+        return 1 + len(self._ids([before])[0]) + 1 + shift
 
 
 def is_released(config: PretrainedConfig) -> bool:
@@ -131,7 +134,7 @@ def settings(path: str, config: Any) -> dict[str, Any]:
     if not isinstance(name, str):
         raise UserInputError(
             f"checkpoint {path!r} has architectures={[ARCHITECTURE]}, but its config.json names no text embedder: "
-            f"retriever={name!r}; write 'nvidia/NV-Embed-v1', or the name of a folder with its config.json"
+            f"retriever={name!r}; write {TEXT_EMBEDDER!r}, or the name of a folder with its config.json"
         )
     return use_text_embedder(config, _retriever(path, name))
 
@@ -157,13 +160,13 @@ def use_text_embedder(config: Any, retriever: dict[str, Any]) -> dict[str, Any]:
 
 
 def _retriever(path: str, name: str) -> dict[str, Any]:
-    if name == "nvidia/NV-Embed-v1":
+    if name == TEXT_EMBEDDER:
         return NV_EMBED_V1
     found = read_json(path, f"{name}/config.json")
     if found is None:
         raise UserInputError(
             f"checkpoint {path!r} names its text embedder retriever={name!r}, but holds no {name}/config.json; "
-            "write 'nvidia/NV-Embed-v1', or the name of a folder with its config.json"
+            f"write {TEXT_EMBEDDER!r}, or the name of a folder with its config.json"
         )
     return found
 

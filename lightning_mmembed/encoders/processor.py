@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -128,7 +129,8 @@ class ItemProcessor:
             batch_size: With a budget of tokens: the most items in a bucket.
 
         Raises:
-            UserInputError: If a picture cannot be decoded, or an instruction leaves no room for its query.
+            UserInputError: If a picture cannot be decoded, a text holds half of a surrogate pair, or an instruction
+                leaves no room for its query.
         """
         return self._collate(self._rows(entries, 0), tokens_per_batch, batch_size)
 
@@ -161,6 +163,10 @@ class ItemProcessor:
 
     def _rows(self, entries: Sequence[Entry], first: int) -> list[_Row]:
         """Tokens and pictures of some entries, of which the first one has a position in a longer list."""
+        for n, entry in enumerate(entries):
+            with _naming(entry, first + n):
+                check_text(item_of(entry).text)
+                check_text(entry.instruction if isinstance(entry, Query) else None)
         tokens = self.prompts(entries)
         pictures = [self._picture(entry, first + n) for n, entry in enumerate(entries)]
         return [_Row.of(*pair) for pair in zip(tokens, pictures, strict=True)]
@@ -179,10 +185,8 @@ class ItemProcessor:
         image = item_of(entry).image
         if image is None:
             return None
-        try:
+        with _naming(entry, position):
             return self.family.picture(decode_image(image))
-        except ValueError as error:  # of a family too, such as one that refuses a very long and thin picture
-            raise UserInputError(f"{_name(entry) or f'items[{position}]'}: {error}") from error
 
     def _bucket(self, rows: list[_Row]) -> Bucket:
         longest = max((len(row.ids) for row in rows), default=0)
@@ -260,11 +264,29 @@ def _ends(lengths: Sequence[int] | np.ndarray, start: int, stop: int, tokens: in
     return positions >= _SMALLEST_PASS and bool(lengths[stop] > _LONGER * lengths[start])
 
 
-def _name(entry: Entry) -> str:
-    """The id of a query or a candidate; empty if it has none."""
-    if isinstance(entry, Item):
-        return ""
-    return entry.qid if isinstance(entry, Query) else entry.did
+@contextlib.contextmanager
+def _naming(entry: Entry, position: int) -> Iterator[None]:
+    """Name an entry, by its id or its position, in what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:  # of a family too, such as one that refuses a very long and thin picture
+        name = "" if isinstance(entry, Item) else entry.qid if isinstance(entry, Query) else entry.did
+        raise UserInputError(f"{name or f'items[{position}]'}: {error}") from error
+
+
+def check_text(text: str | None) -> None:
+    """Refuse what no tokenizer takes; JSON can name it, and so can an argument that is not UTF-8.
+
+    Raises:
+        UserInputError: If the text holds half of a surrogate pair.
+    """
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise UserInputError(
+            f"its text or instruction holds {error.object[error.start]!a}, half of a surrogate pair, which is no "
+            "character; take it out, or write texts in UTF-8"
+        ) from error
 
 
 def decode_image(image: bytes | Image.Image) -> Image.Image:

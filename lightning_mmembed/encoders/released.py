@@ -29,7 +29,6 @@ from lightning_mmembed.files import new_directory
 if TYPE_CHECKING:
     from lightning_mmembed.encoders.mllm import MLLMEncoder
 
-TEXT_EMBEDDER = "nvidia/NV-Embed-v1"
 #: Where the text embedder's configuration lies in a checkpoint whose text embedder is not NV-Embed-v1's size.
 RETRIEVER_FOLDER = "retriever"
 
@@ -102,7 +101,7 @@ def join_parts(llava_next: str, nv_embed: str, dtype: torch.dtype | str) -> Part
         if not {"text_config", "latent_attention_config"} <= retriever.keys():
             raise UserInputError(
                 f"nv_embed={nv_embed!r} is no NV-Embed checkpoint: its config.json has no text_config with a "
-                f"latent_attention_config; give {TEXT_EMBEDDER!r} or a directory of that make"
+                f"latent_attention_config; give {mm_embed.TEXT_EMBEDDER!r} or a directory of that make"
             )
         tensors = mm_embed.read_tensors(nv_embed, "embedding_model.")
         text = {f"language_model.{key}": value for key, value in tensors.items()}
@@ -141,7 +140,7 @@ def write_released(encoder: MLLMEncoder, directory: str | Path) -> Path:
         if not known:
             (building / RETRIEVER_FOLDER).mkdir()
             _write_json(building / RETRIEVER_FOLDER / "config.json", retriever)
-        _write_json(building / "config.json", _config(config, TEXT_EMBEDDER if known else RETRIEVER_FOLDER))
+        _write_json(building / "config.json", _config(config, mm_embed.TEXT_EMBEDDER if known else RETRIEVER_FOLDER))
     return Path(directory)
 
 
@@ -232,8 +231,8 @@ def retriever_config(text: Any, pooling: dict[str, int]) -> dict[str, Any]:
         "add_pad_token": True,
         "architectures": ["NVEmbedModel"],
         "auto_map": {
-            "AutoConfig": f"{TEXT_EMBEDDER}--configuration_nvembed.NVEmbedConfig",
-            "AutoModel": f"{TEXT_EMBEDDER}--modeling_nvembed.NVEmbedModel",
+            "AutoConfig": f"{mm_embed.TEXT_EMBEDDER}--configuration_nvembed.NVEmbedConfig",
+            "AutoModel": f"{mm_embed.TEXT_EMBEDDER}--modeling_nvembed.NVEmbedModel",
         },
         "hidden_size": width,
         "is_mask_instruction": True,
