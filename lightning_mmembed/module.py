@@ -5,17 +5,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from lightning_mmembed.checkpoints import check_settings, drop_frozen, restore_frozen, write_settings
 from lightning_mmembed.data.batches import TrainingBatch
+from lightning_mmembed.distributed import Processes
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.processor import EncoderInputs
+from lightning_mmembed.encoders.sharding import is_sharded, shard
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import fingerprint
+from lightning_mmembed.gradcache import GradCache, seeded
+from lightning_mmembed.items import Candidate, Item
 from lightning_mmembed.losses import contrastive_loss, in_batch_accuracy, labelled_positive_mask
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -25,17 +33,26 @@ SchedulerFactory = Callable[..., Any]
 #: The paper's learning rate for its random and hard stages.
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(AdamW, lr=1e-4)
 
+#: Strategies under which GradCache computes the exact gradient.
+EXACT_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+
 
 class RetrievalModule(LightningModule):
     """Trains an encoder with in-batch and mined negatives; drops into any Trainer.
 
+    A query is contrasted with the candidates of all processes. The gradient is that of the mean loss over the queries
+    of all processes, however many each of them has.
+
     Args:
         encoder: The encoder.
-        loss: From ``(queries, candidates, positive_index, mask)`` to a scalar; by default
+        loss: From ``(queries, candidates, positive_index, mask)`` to a scalar, the mean over the queries; by default
             :func:`~lightning_mmembed.losses.contrastive_loss` at its temperature of 0.05.
         optimizer: From parameters to an optimizer; by default AdamW with a learning rate of 1e-4.
         scheduler: From an optimizer to a learning-rate scheduler, stepped after every batch. Given
             ``num_training_steps`` if it takes such an argument, as the schedulers of transformers do.
+        mini_batch_num_tokens: Switches GradCache on, for batches larger than memory
+            (:mod:`lightning_mmembed.gradcache`): activations are held of so many positions at a time, padding and
+            pictures counted; a longer item goes alone. The gradient is the same.
     """
 
     def __init__(
@@ -44,12 +61,40 @@ class RetrievalModule(LightningModule):
         loss: LossFunction = contrastive_loss,
         optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
         scheduler: SchedulerFactory | None = None,
+        mini_batch_num_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
+            raise UserInputError(f"mini_batch_num_tokens={mini_batch_num_tokens} must be 1 or more, or null for none")
         self.encoder = encoder.train()  # transformers loads models in evaluation mode
         self.loss = loss
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self._cache: GradCache | None = None
+        self._exchanges = False
+
+    def setup(self, stage: str) -> None:
+        """Refuse GradCache under a strategy with which its gradient would be another."""
+        strategy = self.trainer.strategy
+        if self.mini_batch_num_tokens is not None and not isinstance(strategy, EXACT_STRATEGIES):
+            raise UserInputError(
+                f"mini_batch_num_tokens={self.mini_batch_num_tokens} cannot be used with {type(strategy).__name__}: "
+                "GradCache runs several backward passes in a step, which it does not allow (FSDP1 fails an assertion, "
+                "others exchange the gradients of the first one only); use one device, DDP or FSDP2"
+            )
+
+    def configure_model(self) -> None:
+        """Shard the encoder where the strategy shares out its weights (FSDP2)."""
+        if self.device_mesh is None or is_sharded(self.encoder):
+            return
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            raise UserInputError(
+                f"tensor_parallel_size={self.device_mesh['tensor_parallel'].size()} is not supported; use "
+                "lightning_mmembed.strategies.FSDP2Strategy, or set tensor_parallel_size=1 and data_parallel_size to "
+                "the number of processes"
+            )
+        shard(self.encoder, self.device_mesh["data_parallel"], self.trainer.precision)
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
         """Encode prepared items to ``(N, D)`` unit vectors."""
@@ -58,10 +103,25 @@ class RetrievalModule(LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Contrast the local queries with the candidates of every process."""
-        loss, accuracy = self._contrast(batch)
+        seed = self._seed(batch_idx)
+        if self.mini_batch_num_tokens is None:
+            with seeded(seed, self.device):
+                vectors = self(batch.inputs)
+        else:
+            vectors = self._cached(batch.inputs, seed)
+        loss, accuracy, weight = self._contrast(batch, vectors)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
-        return loss
+        return loss * weight
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backpropagate; with GradCache to the vectors, and from there pass by pass to the weights."""
+        super().backward(loss, *args, **kwargs)
+        if self._cache is None:
+            return
+        with self.trainer.precision_plugin.train_step_context():
+            self._cache.backward(self.forward, self._encode_last)
+        self._cache = None
 
     def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Log the loss and in-batch accuracy of validation queries."""
@@ -72,21 +132,62 @@ class RetrievalModule(LightningModule):
         self._log_evaluation("test", batch)
 
     def _log_evaluation(self, split: str, batch: TrainingBatch) -> None:
-        loss, accuracy = self._contrast(batch)
+        cached = self.mini_batch_num_tokens is not None
+        vectors = self._cache_of(batch.inputs, 0)[0] if cached else self(batch.inputs)
+        loss, accuracy, _ = self._contrast(batch, vectors)
         for name, value in {"loss": loss, "accuracy": accuracy}.items():
             self.log(f"{split}/{name}", value, batch_size=len(batch), sync_dist=True)
 
-    def _contrast(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        queries, candidates = self(batch.inputs).split([len(batch), len(batch.candidate_ids)])
-        candidate_ids, positive_index = batch.candidate_ids, batch.positive_index
-        if self.trainer.world_size > 1:
-            # DDP averages the gradients of the processes; with the gather's own gradient that is the exact one.
-            candidates = cast(Tensor, self.all_gather(candidates, sync_grads=True)).flatten(0, 1)
-            candidate_ids = cast(Tensor, self.all_gather(candidate_ids)).flatten()
-            positive_index = positive_index + self.global_rank * len(batch.candidate_ids)
+    def _seed(self, batch_idx: int) -> int:
+        """Seed of a step's dropout: it depends on nothing but the run's seed, the process and the position."""
+        return int(fingerprint(torch.initial_seed(), self.global_rank, self.current_epoch, batch_idx), 16)
+
+    def _cached(self, inputs: EncoderInputs, seed: int) -> Tensor:
+        """Vectors whose gradient :meth:`backward` sends on."""
+        vectors, self._cache = self._cache_of(inputs, seed)
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            # This step's output has no graph that reaches the weights: DDP, inside of whose forward we are, would take
+            # all of them for unused and exchange their gradients at once. The last pass goes through it again.
+            self._exchanges = wrapper.require_backward_grad_sync
+            wrapper.require_backward_grad_sync = False
+        return vectors
+
+    def _cache_of(self, inputs: EncoderInputs, seed: int) -> tuple[Tensor, GradCache]:
+        """The vectors of some items in their order, and where their gradients go."""
+        passes = inputs.passes()
+        if is_sharded(self.encoder):
+            # Each pass is a meeting of all processes: those with fewer passes than others run some for nothing.
+            idle = self.encoder.processor([Candidate(Item(text=""), "")]).to(inputs.order.device)
+            passes += [idle] * (self._processes.largest(len(passes)) - len(passes))
+        cache = GradCache(self.forward, passes, seed)
+        rows = cache.vectors[: len(inputs)]
+        return torch.zeros_like(rows).index_copy(0, inputs.order, rows), cache
+
+    def _encode_last(self, inputs: EncoderInputs) -> Tensor:
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            wrapper.require_backward_grad_sync = self._exchanges
+        assert wrapper is not None
+        vectors: Tensor = wrapper(inputs)
+        return vectors
+
+    @property
+    def _processes(self) -> Processes:
+        return Processes(self.global_rank, self.trainer.world_size, self.device)
+
+    def _contrast(self, batch: TrainingBatch, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and accuracy of the local queries, and their weight in the mean over the processes."""
+        queries, candidates = torch.split(vectors, [len(batch), len(batch.candidate_ids)])
+        processes, own = self._processes, vectors.new_tensor([[len(batch), len(batch.candidate_ids)]])
+        counts = processes.gather(own)
+        positive_index = batch.positive_index + int(counts[: processes.rank, 1].sum())
+        candidates, candidate_ids = processes.gather(candidates), processes.gather(batch.candidate_ids)
         mask = labelled_positive_mask(batch.positives, candidate_ids, positive_index)
         loss = self.loss(queries, candidates, positive_index, mask)
-        return loss, in_batch_accuracy(queries, candidates, positive_index, mask)
+        # DDP and FSDP take the mean over the processes, whatever their number of queries.
+        weight = own[0, 0] / counts[:, 0].mean()
+        return loss, in_batch_accuracy(queries, candidates, positive_index, mask), weight
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out of the checkpoint, and say in it how the encoder was built."""

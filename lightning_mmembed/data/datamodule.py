@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from lightning_mmembed.data.sampling import check_rule, source_targets, task_tar
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.base import encoder_of
+from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.items import Candidate, Query
 
 
 class MBEIRDataModule(LightningDataModule):
@@ -124,6 +127,13 @@ class MBEIRDataModule(LightningDataModule):
             return source_targets(self.shards.query_weights(rows))
         return task_targets(self.shards.task_names(rows), self.upsample, self.temperature)
 
+    def _processor(self) -> Callable[[Sequence[Query | Candidate]], EncoderInputs]:
+        """The processor of the encoder; a module with GradCache says how large the passes are that it cuts."""
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        budget = getattr(module, "mini_batch_num_tokens", None)
+        return partial(encoder_of(module).processor, tokens_per_batch=budget)
+
     def _dataloader(self, split: str, fixed: bool = False, **negatives: Any) -> DataLoader[TrainingBatch]:
         if self.trainer is None:
             raise RuntimeError("MBEIRDataModule needs a Trainer: its encoder's processor writes the prompts")
@@ -153,7 +163,7 @@ class MBEIRDataModule(LightningDataModule):
             self.shards,
             rows,
             pool,
-            encoder_of(self.trainer.lightning_module).processor,
+            self._processor(),
             seed=self.seed,
             draw_instructions=not fixed,
             **negatives,

@@ -80,8 +80,24 @@ class Encoder(nn.Module):
         if not len(inputs):  # there is no pass of a backbone with nothing in it
             return torch.zeros(0, self.embedding_dim, device=self.device)
         rows = torch.cat([self.encode_bucket(bucket) for bucket in inputs.buckets])
-        vectors = torch.zeros_like(rows).index_copy(0, inputs.order, rows)
-        return F.normalize(vectors, dim=-1)
+        vectors = F.normalize(torch.zeros_like(rows).index_copy(0, inputs.order, rows), dim=-1)
+        return vectors + self._unused() if torch.is_grad_enabled() else vectors
+
+    def occasional_parameters(self) -> list[nn.Parameter]:
+        """The trained weights that a pass may have no use for, such as those that only pictures reach."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _unused(self) -> Tensor | float:
+        """Zero, as a function of all weights that a pass may leave out.
+
+        It gives each of them a gradient, so that a step does not depend on which process happened to see a picture:
+        processes exchange the gradients of the same weights, and DDP need not search for unused ones.
+        """
+        return sum((parameter.flatten()[0].float() * 0 for parameter in self.occasional_parameters()), 0.0)
+
+    def blocks(self) -> list[nn.Module]:
+        """The large parts that every pass runs through, in order: what FSDP gathers one at a time."""
+        return []
 
     def encode_bucket(self, bucket: Bucket) -> Tensor:
         """Encode the ``B`` items of one pass to ``(B, D)`` vectors in float32 of any length."""
@@ -197,7 +213,7 @@ class Encoder(nn.Module):
         encoded = torch.cat(vectors)
         return encoded.numpy() if convert_to_numpy else encoded
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: FSDP2 would keep weights gathered in it, which no training step could use
     def encode_inputs(self, inputs: EncoderInputs) -> Tensor:
         """Encode prepared items in evaluation mode, from any device; the vectors come back on the CPU."""
         with evaluating(self):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mmembed.encoders import contracts, mm_embed
 from lightning_mmembed.encoders.adapters import ADAPTER_FILE, write_adapter
@@ -258,6 +258,16 @@ class MLLMEncoder(Encoder):
             UserInputError: If the hub cannot be reached or refuses, or the card cannot be written.
         """
         return push(self, repo_id, private, token, card)
+
+    def blocks(self) -> list[nn.Module]:
+        """See :meth:`Encoder.blocks`: the layers of the language model."""
+        return list(getattr(self.backbone.get_submodule(self.family.language_model), "layers", ()))
+
+    def occasional_parameters(self) -> list[nn.Parameter]:
+        """See :meth:`Encoder.occasional_parameters`: all but the language model's and the pooling's."""
+        parts = (self.backbone.get_submodule(self.family.language_model), self.pooling)
+        always = {id(parameter) for part in parts for parameter in part.parameters()}
+        return [parameter for parameter in super().occasional_parameters() if id(parameter) not in always]
 
     def encode_bucket(self, bucket: Bucket) -> Tensor:
         """See :meth:`Encoder.encode_bucket`."""

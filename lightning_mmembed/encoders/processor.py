@@ -72,6 +72,11 @@ class EncoderInputs:
     def __len__(self) -> int:
         return len(self.order)
 
+    def passes(self) -> list[EncoderInputs]:
+        """Each bucket by itself; together they hold the items in the order of :attr:`order`."""
+        device = self.order.device
+        return [EncoderInputs([b], torch.arange(len(b.input_ids), device=device)) for b in self.buckets]
+
     def to(self, device: torch.device | str) -> EncoderInputs:
         """Copy to a device."""
         return replace(self, buckets=[bucket.to(device) for bucket in self.buckets], order=self.order.to(device))
