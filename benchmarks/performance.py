@@ -12,6 +12,9 @@ LoRA of rank 8 on the language model, projector and pooling trained whole, tower
 beforehand, as the workers of a DataLoader do. Tokens are those of the prompt and one for each position of a picture,
 without padding.
 
+The largest batch of a LoRA step with gradient checkpointing is looked for last, once by itself and once with GradCache:
+queries are doubled until a step does not fit, or the next one may take longer than 2 minutes (on the CPU 4 s).
+
 The ceiling is the best rate of products of two square matrices of the same type, measured in the same run. The
 operations are counted by formula, 2 for a multiplication and its addition, and only those of matrix products:
 
@@ -22,7 +25,7 @@ operations are counted by formula, 2 for a multiplication and its addition, and 
 
 A training step counts the language model twice (forward, and backward to its inputs: its frozen weights get no
 gradient), projector and pooling three times, the tower once. LoRA's own products (below 1 %), norms, softmax, the
-latents' keys and values, what gradient checkpointing computes again, and padding are not counted.
+latents' keys and values, what gradient checkpointing and GradCache compute again, and padding are not counted.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,9 +47,10 @@ from lightning_mmembed.encoders.families import LlavaNext
 from lightning_mmembed.encoders.lora import LoRA, checkpoint_gradients, choose_trained
 from lightning_mmembed.encoders.mllm import MLLMEncoder
 from lightning_mmembed.encoders.mm_embed import NV_EMBED_V1
-from lightning_mmembed.encoders.processor import ItemProcessor
+from lightning_mmembed.encoders.processor import EncoderInputs, ItemProcessor
 from lightning_mmembed.encoders.prompts import PromptTokenizer
 from lightning_mmembed.encoders.tiny import build_tiny_llava_next
+from lightning_mmembed.gradcache import GradCache
 from lightning_mmembed.items import Item
 from lightning_mmembed.losses import contrastive_loss
 
@@ -64,6 +69,8 @@ class Size:
     encoded: tuple[int, ...]
     trained: tuple[int, ...]
     side: int
+    budget: int  # positions of a pass of GradCache
+    longest: float  # seconds that a step may take in the search for the largest batch
 
 
 _NV_EMBED = NV_EMBED_V1["latent_attention_config"]
@@ -80,6 +87,8 @@ LARGE = Size(
     (8, 32, 128),
     (4, 16),
     8192,
+    16384,
+    120,
 )
 TINY = Size(
     {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -91,6 +100,8 @@ TINY = Size(
     (4, 16),
     (2, 4),
     1024,
+    1024,
+    4,
 )
 
 
@@ -174,10 +185,12 @@ def row(what: str, count: int, counted: float, tokens: float, peak: float, devic
             torch.cuda.reset_peak_memory_stats(device)
         taken = seconds(work, device)
     except torch.OutOfMemoryError:
-        print(f"| {what} | {count} | out of memory | | | |", flush=True)
+        print(f"| {what} | {count} | out of memory | | | | |", flush=True)
         return
     memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else "not measured"
-    figures = f"{count / taken:.1f} | {tokens / taken:.0f} | {100 * counted / taken / peak:.1f} % | {memory}"
+    figures = (
+        f"{taken:.2f} | {count / taken:.1f} | {tokens / taken:.0f} | {100 * counted / taken / peak:.1f} % | {memory}"
+    )
     print(f"| {what} | {count} | {figures} |", flush=True)
 
 
@@ -202,26 +215,66 @@ def train(encoder: MLLMEncoder, size: Size, device: torch.device, peak: float) -
     choose_trained(encoder.backbone, encoder.family, LoRA(), freeze_vision=True)
     encoder.pooling.float()  # what is trained is kept in float32, as from_pretrained(lora=...) does
     encoder.to(device).train()
-    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=1e-4)
+    step = stepper(encoder, size, device)
     for checkpointing in (False, True):
         if checkpointing:
             checkpoint_gradients(encoder.backbone)
         for queries in size.trained:
             inputs = encoder.processor(items("mixed", 3 * queries, size.vision["image_size"]))
-            counted = operations(encoder, inputs)
-            useful = 2 * counted["language"] + counted["tower"] + 3 * counted["whole"]
-
-            def step(inputs: Any = inputs, queries: int = queries) -> None:
-                with torch.autocast(device.type, torch.bfloat16, enabled=size.dtype is torch.bfloat16):
-                    vectors = encoder(inputs.to(device))
-                    positives = torch.arange(queries, device=device)
-                    loss = contrastive_loss(vectors[:queries], vectors[queries:], positives)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
             what = f"LoRA step, {queries} queries" + (", gradient checkpointing" if checkpointing else "")
-            row(what, 3 * queries, useful, counted["tokens"], peak, device, step)
+            row(what, 3 * queries, *worth(encoder, inputs), peak, device, partial(step, inputs))
+    for budget in (None, size.budget):
+        queries, inputs = largest(encoder, size, device, step, budget)
+        what = f"LoRA step, gradient checkpointing, {'GradCache, ' if budget else ''}most queries: {queries}"
+        row(what, 3 * queries, *worth(encoder, inputs), peak, device, partial(step, inputs, cached=bool(budget)))
+
+
+def worth(encoder: MLLMEncoder, inputs: EncoderInputs) -> tuple[float, float]:
+    """Operations of a training step that count, and its tokens."""
+    counted = operations(encoder, inputs)
+    return 2 * counted["language"] + counted["tower"] + 3 * counted["whole"], counted["tokens"]
+
+
+def stepper(encoder: MLLMEncoder, size: Size, device: torch.device) -> Callable[..., None]:
+    """What trains on some items, of which the first third are queries, with GradCache or without."""
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=1e-4)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=size.dtype is torch.bfloat16)
+
+    def step(inputs: EncoderInputs, cached: bool = False) -> None:
+        inputs, queries = inputs.to(device), len(inputs) // 3
+        optimizer.zero_grad()
+        with autocast():
+            cache = GradCache(encoder, inputs.passes(), 0) if cached else None
+            rows = None if cache is None else cache.vectors
+            vectors = encoder(inputs) if rows is None else torch.zeros_like(rows).index_copy(0, inputs.order, rows)
+            loss = contrastive_loss(vectors[:queries], vectors[queries:], torch.arange(queries, device=device))
+        loss.backward()
+        if cache is not None:
+            with autocast():
+                cache.backward(encoder, encoder)
+        optimizer.step()
+
+    return step
+
+
+def largest(
+    encoder: MLLMEncoder, size: Size, device: torch.device, step: Callable[..., None], budget: int | None
+) -> tuple[int, EncoderInputs]:
+    """The most queries whose step fits and does not take too long, found by doubling; and their items."""
+    queries, found, taken = size.trained[-1], None, 0.0
+    while taken < size.longest / 2:
+        inputs = encoder.processor(items("mixed", 3 * queries, size.vision["image_size"]), budget)
+        start = time.perf_counter()
+        try:
+            step(inputs, cached=budget is not None)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            break
+        taken, found, queries = time.perf_counter() - start, (queries, inputs), 2 * queries
+    if found is None:
+        raise SystemExit(f"a LoRA step on {queries} queries with gradient checkpointing does not fit")
+    return found
 
 
 def main() -> None:
@@ -235,7 +288,7 @@ def main() -> None:
     encoder = built(size, device)
     weights = sum(p.numel() for p in encoder.parameters())
     print(f"{name}, {size.dtype}, {weights / 1e6:.0f}M weights, ceiling {peak / 1e12:.3f} TFLOPS\n")
-    print("| what | items | items/s | tokens/s | share of the ceiling | peak memory |\n|---|---|---|---|---|---|")
+    print("| what | items | seconds | items/s | tokens/s | share of the ceiling | peak memory |\n|" + "---|" * 7)
     encode(encoder, size, device, peak)
     train(encoder, size, device, peak)
     if device.type == "cpu":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_mmembed.losses import contrastive_loss as contrastive_loss
     from lightning_mmembed.mining import mine_modality_aware as mine_modality_aware
     from lightning_mmembed.module import RetrievalModule as RetrievalModule
+    from lightning_mmembed.rerank import ZeroShotReranker as ZeroShotReranker
 
 # Imported when first asked for: torch, transformers and Lightning together take seconds that a look-up need not.
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "contrastive_loss": "losses",
     "mine_modality_aware": "mining",
     "RetrievalModule": "module",
+    "ZeroShotReranker": "rerank",
 }
 __all__ = sorted(_HOMES)
 

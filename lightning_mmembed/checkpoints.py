@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mmembed.encoders.adapters import check_base, fingerprints, frozen_names, shapes, without_frozen
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.sharded_checkpoints import load_whole_weights
 
 PREFIX = "encoder."
 #: Key of the fingerprints of the frozen weights in a checkpoint.
@@ -22,6 +25,8 @@ FROZEN = "frozen_weights"
 SETTINGS = "encoder_settings"
 #: Those of them without which the weights mean something else; the others may change from run to run.
 BUILT_WITH = ("lora", "pooling", "pooling_options", "bidirectional", "prompts")
+#: Fingerprints of frozen weights, which never change; of sharded ones each has to be put together.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 def write_settings(encoder: Encoder, checkpoint: dict[str, Any]) -> None:
@@ -48,16 +53,23 @@ def check_settings(encoder: Encoder, checkpoint: Mapping[str, Any], source: str 
 
 
 def drop_frozen(encoder: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Replace the frozen weights of the encoder in a checkpoint by their fingerprints.
+    """Replace the frozen weights of the encoder in a checkpoint by their fingerprints; all processes must call this.
 
-    A sharded encoder keeps all of them: its strategy reads them back by itself and misses none.
+    Where each process adds its shard of all weights to a folder, all of them stay: what reads it back misses none.
     """
-    if any(isinstance(parameter, DTensor) for parameter in encoder.parameters()):
+    state = checkpoint["state_dict"]
+    if any(isinstance(value, DTensor) for value in state.values()):
         return
-    frozen = {name for name in frozen_names(encoder) if PREFIX + name in checkpoint["state_dict"]}
+    frozen = frozen_names(encoder)
     if frozen:
-        checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], {PREFIX + name for name in frozen})
-        checkpoint[FROZEN] = fingerprints(encoder, frozen)
+        checkpoint["state_dict"] = without_frozen(state, {PREFIX + name for name in frozen})
+        checkpoint[FROZEN] = _fingerprints_of_frozen(encoder, frozen)
+
+
+def _fingerprints_of_frozen(encoder: nn.Module, frozen: set[str]) -> dict[str, str]:
+    if _KNOWN.get(encoder, {}).keys() != frozen:
+        _KNOWN[encoder] = fingerprints(encoder, frozen)
+    return _KNOWN[encoder]
 
 
 def restore_frozen(encoder: nn.Module, checkpoint: dict[str, Any], source: str = "the checkpoint") -> None:
@@ -80,7 +92,25 @@ def restore_frozen(encoder: nn.Module, checkpoint: dict[str, Any], source: str =
 
 def load_encoder_weights(encoder: Encoder, ckpt_path: str | Path) -> None:
     """Load the weights that a :class:`RetrievalModule` was saved with; see :func:`read_encoder_weights`."""
-    encoder.load_state_dict(read_encoder_weights(encoder, ckpt_path))
+    load_whole_weights(encoder, read_encoder_weights(encoder, ckpt_path))
+    _KNOWN.pop(encoder, None)
+
+
+@contextlib.contextmanager
+def borrowed_weights(encoder: Encoder, ckpt_path: str | Path) -> Iterator[None]:
+    """Put the weights of a checkpoint into an encoder for a while, and its own ones back.
+
+    Args:
+        encoder: The encoder, whole or sharded; it must not be trained meanwhile.
+        ckpt_path: See :func:`read_encoder_weights`.
+    """
+    borrowed = read_encoder_weights(encoder, ckpt_path)
+    own = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
+    try:
+        load_whole_weights(encoder, borrowed)
+        yield
+    finally:
+        load_whole_weights(encoder, own)
 
 
 def read_encoder_weights(encoder: Encoder, ckpt_path: str | Path) -> dict[str, Tensor]:
@@ -98,6 +128,11 @@ def read_encoder_weights(encoder: Encoder, ckpt_path: str | Path) -> dict[str, T
             other settings.
     """
     path = Path(ckpt_path)
+    if path.is_dir():
+        raise UserInputError(
+            f"ckpt_path={str(ckpt_path)!r} is a folder of shards, from which only a fit can be resumed; train with "
+            "trainer.strategy.save_distributed_checkpoint=false to have one file"
+        )
     if not path.is_file():
         raise UserInputError(f"ckpt_path={str(ckpt_path)!r} is no file; give a .ckpt that training wrote")
     try:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.errors import HydraException
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.failures import causes, run_failure
 
 log = logging.getLogger(__name__)
 
@@ -42,19 +43,30 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 
     objects = build(cfg)
     trainer, module, datamodule = objects["trainer"], objects["module"], objects["datamodule"]
-    if cfg.ckpt_path is not None:
-        read_encoder_weights(module.encoder, cfg.ckpt_path)  # the Trainer's own errors name neither key nor remedy
+    resumed = _last_checkpoint(cfg) if cfg.ckpt_path == "last" else cfg.ckpt_path
+    if resumed is not None and not Path(resumed).is_dir():
+        read_encoder_weights(module.encoder, resumed)  # the Trainer's own errors name neither key nor remedy
     metrics: dict[str, float] = {}
     if cfg.train:
-        trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path)
+        trainer.fit(module, datamodule, ckpt_path=resumed)
         metrics |= _floats(trainer.callback_metrics)
     if cfg.test:
         best = trainer.checkpoint_callback.best_model_path if cfg.train and trainer.checkpoint_callback else None
-        ckpt_path = best or (None if cfg.train else cfg.ckpt_path)
+        ckpt_path = best or (None if cfg.train else resumed)
         trainer.test(module, datamodule, ckpt_path=ckpt_path, verbose=False)
         metrics |= _floats(trainer.callback_metrics)
-    print(f"run directory: {cfg.paths.output_dir}")
+    if trainer.is_global_zero:
+        print(f"run directory: {cfg.paths.output_dir}")
     return metrics, objects
+
+
+def _last_checkpoint(cfg: DictConfig) -> Path | None:
+    """The run's own last checkpoint; None if it has not saved any."""
+    from lightning_mmembed.sharded_checkpoints import finish_replacing
+
+    path = Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt"
+    finish_replacing(path)
+    return path if path.exists() else None
 
 
 def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -88,7 +100,8 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     trainer = objects["trainer"]
     run = trainer.test if cfg.split == "test" else trainer.validate
     run(objects["module"], objects["datamodule"], verbose=False)
-    print(f"run directory: {cfg.paths.output_dir}")
+    if trainer.is_global_zero:
+        print(f"run directory: {cfg.paths.output_dir}")
     return _floats(trainer.callback_metrics), objects
 
 
@@ -125,10 +138,11 @@ def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 def build(cfg: DictConfig) -> dict[str, Any]:
     """Build datamodule, module, callbacks, loggers and trainer, and record the configuration in the run directory."""
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities import rank_zero_only
 
     apply_extras(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    _record(cfg)
+    rank_zero_only(_record)(cfg)  # other processes, started by torchrun or SLURM, may have another run directory
     datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()  # the tiny checkpoint's tokenizer learns from the shards
     module = hydra.utils.instantiate(cfg.model, _convert_="all")
@@ -180,11 +194,7 @@ def user_error(error: BaseException) -> str | None:
 
     Hydra wraps what a constructor raises; the innermost wrong input, value or key is the one to tell.
     """
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    chain = list(causes(error))
     for kind in (UserInputError, OmegaConfBaseException):
         found = next((e for e in chain if isinstance(e, kind)), None)
         if found is not None:
@@ -195,15 +205,15 @@ def user_error(error: BaseException) -> str | None:
 
 
 def run_command(command: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Run a command; an error that the user can mend is printed alone and ends it with status 2."""
+    """Run a command; what the user can mend is printed alone and ends it with status 2, a run that failed with 1."""
     try:
         return command(cfg)
     except Exception as error:
-        message = user_error(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+        for status, message in ((2, user_error(error)), (1, run_failure(error))):
+            if message is not None:
+                print(f"error: {message}", file=sys.stderr)
+                raise SystemExit(status) from None
+        raise
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="train")
@@ -248,7 +258,7 @@ def _verify_main(cfg: DictConfig) -> None:
 
 
 def shard(cfg: DictConfig) -> Path:
-    """Turn a dataset in M-BEIR's layout into shards.
+    """Turn a dataset in M-BEIR's or BEIR's layout, or a file of queries and positives, into shards.
 
     Args:
         cfg: A configuration composed from ``conf/shard.yaml``.
@@ -265,12 +275,15 @@ def shard(cfg: DictConfig) -> Path:
     from lightning_mmembed.data.places import Place
     from lightning_mmembed.data.published_counts import check_source_counts, count_source_lines
     from lightning_mmembed.data.shard import shard_dataset
+    from lightning_mmembed.data.sources import TEXT_SETTINGS, open_layout
 
     source, out = cfg.source, cfg.out  # both are read first: one that is not given is told before any work
     if cfg.published_counts:
         check_source_counts(count_source_lines(MBEIRLayout(source)))
+    settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(TEXT_SETTINGS)), resolve=True)
+    layout = open_layout(source, cfg.layout, **cast(dict[str, Any], settings))
     directory = shard_dataset(
-        source,
+        layout,
         out,
         archive=cfg.archive,
         max_bad_fraction=cfg.max_bad_fraction,

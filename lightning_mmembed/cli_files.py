@@ -55,6 +55,7 @@ def embed(cfg: DictConfig) -> Path:
         UserInputError: If the source, the model, the checkpoint, the instruction or the place for the vectors cannot be
             used.
     """
+    from lightning_mmembed.distributed import Processes
     from lightning_mmembed.retrieval.embed import VectorStore
 
     if (cfg.source is None) != (cfg.out is None):
@@ -68,9 +69,10 @@ def embed(cfg: DictConfig) -> Path:
     fabric.launch()
     fabric.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = OmegaConf.to_container(cfg.vectors, resolve=True)
-    settings |= {"directory": place[1]}
+    processes = Processes(fabric.global_rank, fabric.world_size, fabric.device)
+    settings |= {"directory": processes.broadcast(place[1])}  # others may have made up one, such as by the time
     try:
-        store = VectorStore(**settings, rank=fabric.global_rank, world_size=fabric.world_size, barrier=fabric.barrier)
+        store = VectorStore(**settings, processes=processes, precision=fabric.autocast)
     except ValueError as error:
         raise UserInputError(f"vectors: {error}") from error
     report = _embed_split(cfg, store, fabric.device) if cfg.source is None else _embed_files(cfg, store, fabric.device)
@@ -89,9 +91,7 @@ def _embed_split(cfg: DictConfig, store: VectorStore, device: Any) -> str:
     query_sets = datamodule.shards.query_sets(cfg.split, cfg.instruction, cfg.instruction_seed)
     encoder = _encoder(cfg.model.encoder, cfg.ckpt_path).to(device)
     made_by = encoder_fingerprint(encoder)
-    vectors = store.embed_pool(encoder, pool, made_by)
-    for queries in query_sets:
-        store.embed_queries(encoder, queries, made_by)
+    vectors, _ = store.embed_pool(encoder, pool, made_by, query_sets)
     return f"{len(vectors):,} candidates, {vectors.dim} dimensions, {vectors.dtype}"
 
 
@@ -119,7 +119,8 @@ def _embed_files(cfg: DictConfig, store: VectorStore, device: Any) -> str:
         "model": _plain_model(cfg.model.encoder),
         "ckpt_path": None if cfg.ckpt_path is None else str(Path(cfg.ckpt_path).resolve()),
     }
-    write_index(store.directory, made)
+    if store.processes.rank == 0:
+        write_index(store.directory, made)
     return f"{len(vectors):,} items, {vectors.dim} dimensions, {vectors.dtype}"
 
 

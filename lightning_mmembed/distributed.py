@@ -84,6 +84,10 @@ class Processes:
         return torch.cat(parts)
 
 
+#: A process without others.
+ALONE = Processes()
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], processes: Processes) -> Tensor:
@@ -96,6 +100,6 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        summed = gradients[0].contiguous()
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)  # what comes in is not ours to change
         dist.all_reduce(summed)
         return summed[ctx.own], None, None

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong, and here is what to do"."""
+"""The exceptions that mean something to the user: wrong input, and a run that had to stop."""
 
 
 class UserInputError(ValueError):
@@ -6,4 +6,17 @@ class UserInputError(ValueError):
 
     The message names the file, line, key or argument, its value, why it cannot be used and what to do.
     The command-line programs print it alone, without a traceback, and exit with status 2.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        # A DataLoader raises what a worker raised with the worker's whole traceback for a message; ours ends it.
+        _, raised, own = str(message).rpartition(f"{__name__}.UserInputError: ")
+        super().__init__(own.rstrip("\n") if raised else message)
+
+
+class RunStoppedError(RuntimeError):
+    """A run that cannot go on, though its input can be used: a loss that is not finite, a process that died.
+
+    The message says what happened where, what was kept and what to do.
+    The command-line programs print it alone, without a traceback, and exit with status 1.
     """

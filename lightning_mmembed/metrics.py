@@ -3,7 +3,8 @@
 Every metric has one canonical name, ``<measure>@<k>``, used as configuration value, log key, monitor and table head.
 M-BEIR's papers say "Recall@k" for what is called ``hit@k`` here (ir_measures' ``Success@k``); ``recall@k`` is the
 share of a query's positives that were found. ``recall_reachable@k`` and ``ndcg_reachable@k`` count as labelled only
-the positives that the searched pool holds: a local pool of M-BEIR lacks those of another dataset.
+the positives that the searched pool holds: a local pool of M-BEIR lacks those of another dataset. Of graded judgements
+nDCG alone takes the grades; to all others every positive is alike.
 """
 
 from __future__ import annotations
@@ -87,6 +88,27 @@ def ndcg(relevant: Tensor, n_positives: Tensor, k: int) -> Tensor:
     gain = (top * discount[: top.shape[1]]).sum(1)
     ideal = discount.cumsum(0)[n_positives.clamp(1, k) - 1]
     return torch.where(n_positives > 0, gain / ideal, torch.zeros_like(gain))
+
+
+def graded_ndcg(gains: Tensor, grades: Tensor, k: int) -> Tensor:
+    """Graded nDCG, as trec_eval has it: the gain is the grade itself, the discount ``log2(rank + 1)``.
+
+    Args:
+        gains: ``(Q, K)`` grade of each ranked result, 0 where it is not relevant and past the end of a list.
+        grades: ``(Q, P)`` grades of the labelled positives, 0 for padding.
+        k: Depth.
+
+    Returns:
+        ``(Q,)`` float64, 0 for a query without positives; :func:`ndcg` where every grade is 1.
+
+    Example:
+        >>> graded_ndcg(torch.tensor([[2, 1]]), torch.tensor([[1, 2]]), 10).tolist()
+        [1.0]
+    """
+    discount = 1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64, device=gains.device))
+    best = grades.sort(1, descending=True).values
+    gain, ideal = ((top[:, :k].double() * discount[: top.shape[1]]).sum(1) for top in (gains, best))
+    return torch.where(ideal > 0, gain / ideal.where(ideal > 0, 1.0), 0.0)
 
 
 def modality(right_modality: Tensor, k: int) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
@@ -24,9 +27,18 @@ from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.gradcache import GradCache, seeded
 from lightning_mmembed.items import Candidate, Item
-from lightning_mmembed.losses import contrastive_loss, in_batch_accuracy, labelled_positive_mask
+from lightning_mmembed.losses import (
+    batch_arguments,
+    contrastive_loss,
+    in_batch_accuracy,
+    labelled_positive_mask,
+    labelled_query_mask,
+)
+from lightning_mmembed.reproducer import Moment, refuse_nonfinite
+from lightning_mmembed.resuming import settle_progress
+from lightning_mmembed.sharded_checkpoints import WholeFileIO
 
-LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+LossFunction = Callable[..., Tensor]
 OptimizerFactory = Callable[..., Optimizer]
 SchedulerFactory = Callable[..., Any]
 
@@ -75,14 +87,23 @@ class RetrievalModule(LightningModule):
         self._exchanges = False
 
     def setup(self, stage: str) -> None:
-        """Refuse GradCache under a strategy with which its gradient would be another."""
+        """Refuse GradCache under a strategy with which its gradient would be another; write checkpoints whole."""
         strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeFileIO()
         if self.mini_batch_num_tokens is not None and not isinstance(strategy, EXACT_STRATEGIES):
             raise UserInputError(
                 f"mini_batch_num_tokens={self.mini_batch_num_tokens} cannot be used with {type(strategy).__name__}: "
                 "GradCache runs several backward passes in a step, which it does not allow (FSDP1 fails an assertion, "
                 "others exchange the gradients of the first one only); use one device, DDP or FSDP2"
             )
+        # The loss has no part in GradCache's last pass, in which DDP exchanges gradients: `backward` sees to its own.
+        own = [f"loss.{name}" for name, _ in self._loss_weights()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # type: ignore[no-untyped-call]
+
+    def _loss_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """The weights that a loss has of its own, such as a temperature."""
+        return list(self.loss.named_parameters()) if isinstance(self.loss, nn.Module) else []
 
     def configure_model(self) -> None:
         """Shard the encoder where the strategy shares out its weights (FSDP2)."""
@@ -110,6 +131,7 @@ class RetrievalModule(LightningModule):
         else:
             vectors = self._cached(batch.inputs, seed)
         loss, accuracy, weight = self._contrast(batch, vectors)
+        self._refuse_nonfinite(batch, vectors, loss, seed)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
         return loss * weight
@@ -117,6 +139,9 @@ class RetrievalModule(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backpropagate; with GradCache to the vectors, and from there pass by pass to the weights."""
         super().backward(loss, *args, **kwargs)
+        for _, weight in self._loss_weights():
+            assert weight.grad is not None
+            weight.grad = self._processes.gather(weight.grad[None]).mean(0)
         if self._cache is None:
             return
         with self.trainer.precision_plugin.train_step_context():
@@ -137,6 +162,24 @@ class RetrievalModule(LightningModule):
         loss, accuracy, _ = self._contrast(batch, vectors)
         for name, value in {"loss": loss, "accuracy": accuracy}.items():
             self.log(f"{split}/{name}", value, batch_size=len(batch), sync_dist=True)
+
+    def _refuse_nonfinite(self, batch: TrainingBatch, vectors: Tensor, loss: Tensor, seed: int) -> None:
+        processes, trainer = self._processes, self.trainer
+        own = torch.stack([torch.isfinite(vectors.detach()).all(), torch.isfinite(loss.detach())])
+        of_vectors, of_loss = processes.gather(own[None]).unbind(1)
+        saver = trainer.checkpoint_callback
+        moment = Moment(
+            trainer.global_step,
+            trainer.current_epoch,
+            seed,
+            str(trainer.precision),
+            Path(trainer.default_root_dir),
+            getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "") or None,
+        )
+        save = partial(trainer.save_checkpoint, weights_only=True)
+        # Vectors that are not finite make the losses of other processes so, which are not to blame.
+        refuse_nonfinite(processes, of_vectors.tolist(), batch, vectors, None, moment, self.parameters(), save)
+        refuse_nonfinite(processes, of_loss.tolist(), batch, vectors, loss, moment, self.parameters(), save)
 
     def _seed(self, batch_idx: int) -> int:
         """Seed of a step's dropout: it depends on nothing but the run's seed, the process and the position."""
@@ -184,13 +227,32 @@ class RetrievalModule(LightningModule):
         positive_index = batch.positive_index + int(counts[: processes.rank, 1].sum())
         candidates, candidate_ids = processes.gather(candidates), processes.gather(batch.candidate_ids)
         mask = labelled_positive_mask(batch.positives, candidate_ids, positive_index)
-        loss = self.loss(queries, candidates, positive_index, mask)
+        further = self._further(batch, queries, counts, candidate_ids[positive_index])
+        loss = self.loss(queries, candidates, positive_index, mask, **further)
         # DDP and FSDP take the mean over the processes, whatever their number of queries.
         weight = own[0, 0] / counts[:, 0].mean()
         return loss, in_batch_accuracy(queries, candidates, positive_index, mask), weight
 
+    def _further(
+        self, batch: TrainingBatch, queries: Tensor, counts: Tensor, positive_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """What else of the batch the loss asks for, in all processes."""
+        asked, processes, further = batch_arguments(self.loss), self._processes, {}
+        first_query, first_candidate = counts[: processes.rank].sum(0).long().tolist()
+        if "all_queries" in asked:
+            width = processes.largest(batch.positives.shape[1])
+            positives = F.pad(batch.positives, (0, width - batch.positives.shape[1]), value=-1)
+            index = first_query + torch.arange(len(batch), device=queries.device)
+            further["all_queries"], further["query_index"] = processes.gather(queries), index
+            further["query_mask"] = labelled_query_mask(processes.gather(positives), positive_ids, index)
+        if "listed" in asked:
+            further["listed"] = torch.where(batch.listed < 0, -1, batch.listed + first_candidate)
+        return further
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out of the checkpoint, and say in it how the encoder was built."""
+        """Say in the checkpoint how far the run is and how the encoder was built; leave frozen weights out."""
+        if self._trainer is not None:
+            settle_progress(self.trainer, checkpoint)
         drop_frozen(self.encoder, checkpoint)
         write_settings(self.encoder, checkpoint)
 
@@ -203,7 +265,10 @@ class RetrievalModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trainable parameters, and the scheduler."""
         parameters = [p for p in self.encoder.parameters() if p.requires_grad]
-        optimizer = self.optimizer(parameters)
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if own := [weight for _, weight in self._loss_weights()]:
+            groups.append({"params": own, "weight_decay": 0.0})
+        optimizer = self.optimizer(groups if own else parameters)
         if self.scheduler is None:
             return optimizer
         arguments = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import Trainer
+
+from lightning_mmembed.sharded_checkpoints import WholeCheckpoints
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(WholeCheckpoints):
     """Shards weights, gradients and optimizer states over all processes.
 
     Lightning's own strategy shards over the nodes by default, and so not at all on one of them.
@@ -20,6 +22,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(self, save_distributed_checkpoint: bool = False, **settings: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **settings)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up, and evaluate without inference mode: weights gathered in it could never be trained again."""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
 
     def setup_environment(self) -> None:
         """Join the other processes; only now is it known how many they are."""

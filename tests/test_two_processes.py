@@ -45,13 +45,15 @@ def test_two_processes_write_the_vectors_that_one_writes_and_an_evaluation_takes
 ) -> None:
     pets, files = overrides(tiny_shards, tmp_path), {}
     for devices in (1, 2):
-        where = tmp_path / f"vectors{devices}"
+        # Each process has a time of its own; the first one's counts.
+        place = tmp_path / f"vectors{devices}" / "${now:%H%M%S%f}"
         processes = ("fabric.accelerator=cpu", f"fabric.devices={devices}")
-        run("mmembed-embed", tmp_path / "embed", *pets, f"vectors.directory={where}", *processes)
+        run("mmembed-embed", tmp_path / "embed", *pets, f"vectors.directory={place}", *processes)
+        (where,) = place.parent.iterdir()
         files[devices] = {str(path.relative_to(where)): path.read_bytes() for path in where.rglob("*.*")}
     assert files[1] == files[2]
     assert sum(name.endswith(".npy") for name in files[1]) == 5, "the pool and the queries of four tasks"
-    taken = tmp_path / "vectors1"
+    (taken,) = (tmp_path / "vectors2").iterdir()
     before = {path: path.stat().st_mtime_ns for path in taken.rglob("*")}
     run("mmembed-evaluate", tmp_path / "run", *pets, f"callbacks.evaluation.vectors_dir={taken}")
     assert {path: path.stat().st_mtime_ns for path in taken.rglob("*")} == before

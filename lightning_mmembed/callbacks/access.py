@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from lightning_mmembed.data.datamodule import MBEIRDataModule
+from lightning_mmembed.distributed import Processes
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.retrieval.embed import VectorStore
 
@@ -27,15 +30,35 @@ def datamodule_of(trainer: Trainer) -> MBEIRDataModule:
     return datamodule
 
 
+def processes_of(trainer: Trainer) -> Processes:
+    """The processes of a Trainer."""
+    return Processes(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
+
+
 def output_directory(trainer: Trainer, dirpath: str | Path | None) -> Path:
-    """Where a callback writes: ``dirpath``, or the Trainer's ``default_root_dir``."""
-    return Path(trainer.default_root_dir if dirpath is None else dirpath)
+    """Where a callback writes: ``dirpath``, or the Trainer's ``default_root_dir``; all processes must ask.
+
+    It is the first process's: the others may have made up one of their own, such as one named by the time.
+    """
+    return Path(processes_of(trainer).broadcast(str(trainer.default_root_dir if dirpath is None else dirpath)))
+
+
+def heartbeat_of(trainer: Trainer, position: str) -> Callable[[], object]:
+    """What tells the first callback with a method ``beat``, such as a watchdog, that work goes on; or nothing.
+
+    Args:
+        trainer: The Trainer.
+        position: What is done.
+    """
+    beats = (getattr(callback, "beat", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    beat = next((beat for beat in beats if beat is not None), None)
+    return (lambda: None) if beat is None else partial(beat, position)
 
 
 def vector_store(
     trainer: Trainer, dirpath: str | Path | None, vectors_dir: str | Path | None = None, /, **settings: Any
 ) -> VectorStore:
-    """A store of vectors, filled by all processes of the Trainer.
+    """A store of vectors, filled by all processes of the Trainer in its precision; all of them must ask.
 
     Args:
         trainer: The Trainer.
@@ -43,10 +66,11 @@ def vector_store(
         vectors_dir: Where the vectors lie; by default in ``vectors`` in the output directory.
         **settings: Arguments of :class:`VectorStore`.
     """
+    directory = output_directory(trainer, dirpath if vectors_dir is None else vectors_dir)
     return VectorStore(
-        output_directory(trainer, dirpath) / "vectors" if vectors_dir is None else vectors_dir,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        barrier=trainer.strategy.barrier,
+        directory / "vectors" if vectors_dir is None else directory,
+        processes=processes_of(trainer),
+        precision=trainer.precision_plugin.forward_context,
+        heartbeat=heartbeat_of(trainer, "embedding"),
         **settings,
     )

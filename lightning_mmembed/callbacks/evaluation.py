@@ -95,6 +95,7 @@ class RetrievalEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts that a query of the split does not have, and runs of other data, before any work."""
+        self._directory = output_directory(trainer, self.dirpath)
         split = "test" if stage == "test" else "val"
         shards = datamodule_of(trainer).shards
         query_sets = self._query_sets(shards, split)[0]
@@ -106,8 +107,8 @@ class RetrievalEvaluation(Callback):
             for path in self.compare:
                 refuse_other_data(protocol, {"union": labels, "local": local}, read_measured(path))
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate before training."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate before training; not in ``on_fit_start``, which precedes the restoring of a sharded checkpoint."""
         if self.before_fit and trainer.global_step == 0 and not self.evaluations:
             self._evaluate(trainer, pl_module, "val")
 
@@ -129,7 +130,7 @@ class RetrievalEvaluation(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[RetrievalResult]:
         """The outcome with each prompt."""
         shards, encoder = datamodule_of(trainer).shards, encoder_of(pl_module)
-        store = vector_store(trainer, self.dirpath, self.vectors_dir, **self._store)
+        store = vector_store(trainer, self._directory, self.vectors_dir, **self._store)
         made_by = encoder_fingerprint(encoder)
         if self.vectors_dir is None:
             store.prune(made_by)
@@ -178,4 +179,4 @@ class RetrievalEvaluation(Callback):
         if checkpoint is not None:
             facts["checkpoint"] = str(checkpoint)
         facts["search_backend"] = self.search.backend
-        self.record = record(output_directory(trainer, self.dirpath), results, facts, self.compare)
+        self.record = record(self._directory, results, facts, self.compare)

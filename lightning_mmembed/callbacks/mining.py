@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_mmembed.callbacks.access import datamodule_of, output_directory, vector_store
-from lightning_mmembed.checkpoints import load_encoder_weights
+from lightning_mmembed.callbacks.access import datamodule_of, output_directory, processes_of, vector_store
+from lightning_mmembed.checkpoints import borrowed_weights
 from lightning_mmembed.data.layout import TRAIN_POOL
-from lightning_mmembed.data.negatives import write_negatives
+from lightning_mmembed.data.negatives import MinedNegatives, write_negatives
 from lightning_mmembed.encoders.base import Encoder, encoder_of
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 class HardNegativeMining(Callback):
     """Mines by the rule of MM-Embed, before fit or between epochs.
 
-    A version is one Parquet file ``negatives-{version}.parquet``; the datamodule's next training dataloader draws from
-    it. Negatives mined between epochs need ``Trainer(reload_dataloaders_every_n_epochs=1)``.
+    A version is one Parquet file ``negatives-{version}.parquet``, from which the datamodule draws in the next epoch.
+    What is to be mined follows from the number of epochs that are done and the versions that a checkpoint knows, so a
+    run that was killed before or while it mined does so when it is resumed, and one that was killed after it takes the
+    file as it is.
 
     Args:
         before_fit: Mine before the first batch.
@@ -59,7 +61,7 @@ class HardNegativeMining(Callback):
         self.before_fit, self.after_epochs, self.every_n_epochs = before_fit, list(after_epochs or ()), every_n_epochs
         self.ckpt_path, self.k, self.k_prime, self.dirpath = ckpt_path, k, k_prime, dirpath
         self._store = {"batch_size": batch_size, "num_workers": num_workers, "dtype": dtype}
-        #: One entry for each version: step, path and audit.
+        #: One entry for each version: epochs done, step, path and audit.
         self.versions: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,46 +72,57 @@ class HardNegativeMining(Callback):
         """Go on after the versions that the checkpoint knew."""
         self.versions = list(state_dict["versions"])
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer that would go on with the old negatives."""
-        between = self.after_epochs or self.every_n_epochs
-        reload_every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if stage == "fit" and between and reload_every != 1:
-            raise UserInputError(
-                f"reload_dataloaders_every_n_epochs={reload_every} would keep the old negatives; set "
-                "Trainer(reload_dataloaders_every_n_epochs=1)"
-            )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mine before the first batch: the training dataloader is made after this hook."""
-        if not self.before_fit or self.versions:
-            return
-        encoder = encoder_of(pl_module)
-        if self.ckpt_path is not None:
-            encoder = copy.deepcopy(encoder)
-            load_encoder_weights(encoder, self.ckpt_path)
-        self._mine(trainer, encoder)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mine before the first batch, and what a run that was killed has not come to: no batch has been read yet."""
+        self._mine_if_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mine for the next epoch, whose dataloader is made after this hook."""
-        done = trainer.current_epoch + 1
-        due = done in self.after_epochs or (self.every_n_epochs and done % self.every_n_epochs == 0)
-        if due and done != trainer.max_epochs:
-            self._mine(trainer, encoder_of(pl_module))
+        """Mine for the next epoch."""
+        self._mine_if_due(trainer, pl_module)
 
-    def _mine(self, trainer: Trainer, encoder: Encoder) -> None:
-        datamodule = datamodule_of(trainer)
-        made_by = encoder_fingerprint(encoder)
-        store = vector_store(trainer, self.dirpath, **self._store)
-        store.prune(made_by)
+    def _mine_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        done: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        due = self._latest_due(done)
+        if due is None or done == trainer.max_epochs or any(version["epochs"] >= due for version in self.versions):
+            return
+        encoder = encoder_of(pl_module)
+        other = self.ckpt_path if due == 0 else None
+        with contextlib.nullcontext() if other is None else borrowed_weights(encoder, other):
+            self._mine(trainer, encoder, done)
+
+    def _latest_due(self, done: int) -> int | None:
+        """After how many of the epochs that are done it was last to be mined."""
+        due = [after for after in self.after_epochs if after <= done]
+        if self.before_fit:
+            due.append(0)
+        if self.every_n_epochs and done >= self.every_n_epochs:
+            due.append(done - done % self.every_n_epochs)
+        return max(due, default=None)
+
+    def _mine(self, trainer: Trainer, encoder: Encoder, done: int) -> None:
+        datamodule, processes = datamodule_of(trainer), processes_of(trainer)
         pool, queries = datamodule.shards.pool(TRAIN_POOL), datamodule.shards.query_sets("train")
-        columns, audit = mine_negatives(encoder, pool, queries, store, made_by, self.k, self.k_prime)
         path = output_directory(trainer, self.dirpath) / f"negatives-{len(self.versions) + 1}.parquet"
-        if trainer.is_global_zero:
-            made_of = {"encoder": made_by, "pool": pool.fingerprint, "k": self.k, "k_prime": self.k_prime}
-            write_negatives(path, columns, made_of, audit)
-            totals = {name: sum(task[name] for task in audit.values()) for name in next(iter(audit.values()))}
-            log.info("mined %s into %s", totals, path)
-        trainer.strategy.barrier()
-        self.versions.append({"step": trainer.global_step, "path": str(path), "audit": audit})
+        made_by = encoder_fingerprint(encoder)
+        made_of = {"encoder": made_by, "pool": pool.fingerprint, "k": self.k, "k_prime": self.k_prime}
+        made_of["dtype"] = self._store["dtype"]
+        audit = processes.broadcast(_audit_of(path, made_of) if trainer.is_global_zero else None)
+        if audit is None:
+            store = vector_store(trainer, self.dirpath, **self._store)
+            store.prune(made_by)
+            columns, audit = mine_negatives(encoder, pool, queries, store, made_by, self.k, self.k_prime)
+            if trainer.is_global_zero:
+                write_negatives(path, columns, made_of, audit)
+                totals = {name: sum(task[name] for task in audit.values()) for name in next(iter(audit.values()))}
+                log.info("mined %s into %s", totals, path)
+            processes.barrier()
+        self.versions.append({"epochs": done, "step": trainer.global_step, "path": str(path), "audit": audit})
         datamodule.use_negatives(path)
+
+
+def _audit_of(path: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+    """What was counted when a file was mined with the same weights from the same pool; None if there is none."""
+    if not path.is_file():
+        return None
+    found = MinedNegatives(path)
+    return found.audit if found.made_of == made_of else None

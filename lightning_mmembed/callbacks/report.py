@@ -56,6 +56,10 @@ class RunReport(Callback):
         """Go on after the curves that the checkpoint knew."""
         self.history = list(state_dict["history"])
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask where to write while all processes are there to answer."""
+        self._directory = output_directory(trainer, self.dirpath)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -84,7 +88,7 @@ class RunReport(Callback):
         # A Trainer that made no step does not know how far the weights are trained that it evaluates.
         during_fit = [e for e in evaluation.evaluations if e["split"] == "val" and trainer.global_step]
         self.write(
-            output_directory(trainer, self.dirpath),
+            self._directory,
             evaluation.record,
             evaluation.result,
             history=self._rows(during_fit, minings),

@@ -17,6 +17,7 @@ from lightning_mmembed.data.negatives import MinedNegatives, draw_negatives
 from lightning_mmembed.data.sampling import resample, spread
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.processor import EncoderInputs
+from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Candidate, Query
 from lightning_mmembed.retrieval.pool import padded_ids
 
@@ -44,11 +45,17 @@ class TrainingBatch:
     def __len__(self) -> int:
         return len(self.query_ids)
 
+    @property
+    def listed(self) -> Tensor:
+        """``(Q, L)`` columns of each query's own candidates: its positive and the negatives drawn for it."""
+        drawn = torch.arange(len(self), len(self.candidate_ids), device=self.candidate_ids.device)
+        return torch.cat([self.positive_index[:, None], drawn.reshape(len(self), -1)], 1)
+
     def to(self, device: torch.device | str, **_: Any) -> TrainingBatch:
-        """Copy to a device."""
+        """Copy to a device what is computed with; the ids of the queries are only ever told."""
         return TrainingBatch(
             self.inputs.to(device),
-            self.query_ids.to(device),
+            self.query_ids,
             self.candidate_ids.to(device),
             self.positive_index.to(device),
             self.positives.to(device),
@@ -195,12 +202,22 @@ class TrainingBatches(Dataset[TrainingBatch]):
         queries = [self.shards.query_at(int(row), instruct) for row in rows]
         candidates = [self.shards.candidate_at(row) for row in candidate_rows]
         return TrainingBatch(
-            self.processor([*queries, *candidates]),
+            self._prepare([*queries, *candidates], [*rows, *candidate_rows]),
             torch.from_numpy(ids),
             torch.tensor(candidate_ids),
             torch.arange(len(queries)),
             padded_ids(positives),
         )
+
+    def _prepare(self, entries: Sequence[Query | Candidate], rows: Sequence[int]) -> EncoderInputs:
+        """The encoder's inputs; an entry that it refuses, such as a broken picture, is named with its place."""
+        try:
+            return self.processor(entries)
+        except UserInputError:
+            for entry, row in zip(entries, rows, strict=True):
+                with self.shards.naming(int(row)):
+                    self.processor([entry])
+            raise
 
 
 def _contains(ids: np.ndarray, did: int) -> bool:

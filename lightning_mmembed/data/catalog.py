@@ -8,12 +8,16 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.progress import Progress
 
-from lightning_mmembed.data.layout import SPLITS, BadRecord, CandidateRecord, MBEIRLayout, QueryRecord, dataset_of
+from lightning_mmembed.data.layout import SPLITS, dataset_of
+from lightning_mmembed.data.records import BadRecord, CandidateRecord, Layout, Noted, QueryRecord
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import decode_id, encode_id
+from lightning_mmembed.mining_rule import KINDS, WRONG_CONTENT
 
 _SCHEMA = """
 BEGIN;
@@ -31,6 +35,13 @@ CREATE TABLE unreachable (number INTEGER PRIMARY KEY, record TEXT);
 COMMIT;
 """
 
+# Of sources that have ids of their own; apart, so that a conversion which an earlier version began can go on.
+_MORE = """
+CREATE TABLE IF NOT EXISTS sources (
+    split TEXT, id INTEGER, name TEXT, grades TEXT, ignored TEXT, PRIMARY KEY (split, id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS noted (what TEXT PRIMARY KEY, number INTEGER);
+"""
+
 
 class Catalog:
     """The records of a source and where their pictures lie.
@@ -40,13 +51,14 @@ class Catalog:
         layout: The source.
     """
 
-    def __init__(self, path: Path, layout: MBEIRLayout) -> None:
+    def __init__(self, path: Path, layout: Layout) -> None:
         self.layout = layout
         self.db = sqlite3.connect(path, isolation_level=None)
         self.db.execute("PRAGMA synchronous = NORMAL")
         self.db.execute("PRAGMA cache_size = -131072")  # KiB: all the memory it takes
         if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'done'").fetchone():
             self.db.executescript(_SCHEMA)
+        self.db.executescript(_MORE)
 
     def close(self) -> None:
         """Close the file."""
@@ -57,22 +69,23 @@ class Catalog:
         pools: dict[Path, list[str]] = {}
         for name, path in self.layout.pool_files():
             pools.setdefault(path, []).append(name)
-        steps: list[tuple[Path, Callable[[Path], Iterator[None]]]]
+        steps: list[tuple[str, Path, Callable[[Path], Iterator[None]]]]
         read: Callable[[Path], Iterator[None]]
-        steps = [(path, partial(self._read_pool, names=names)) for path, names in pools.items()]
+        steps = [(str(path), path, partial(self._read_pool, names=names)) for path, names in pools.items()]
         upsampled = self.layout.upsampled_files()
         for split in SPLITS:
             # Where there is an up-sampled file, it alone says how often a query counts.
             weight = 0 if split == "train" and upsampled else 1
             read = partial(self._read_queries, split=split, weight=weight)
-            steps += [(path, read) for path in self.layout.query_files(split)]
-        steps += [(path, partial(self._read_queries, split="train", weight=1)) for path in upsampled]
+            for path in self.layout.query_files(split):  # which may be a pool file, too
+                steps.append((f"queries of {path}" if path in pools else str(path), path, read))
+        steps += [(str(path), path, partial(self._read_queries, split="train", weight=1)) for path in upsampled]
         bar = progress.add_task("reading records", total=None)
-        for path, read in steps:
-            if self.is_done(str(path)):
+        for step, path, read in steps:
+            if self.is_done(step):
                 continue
             progress.update(bar, description=f"reading {path.name}")
-            with self._transaction(str(path)):
+            with self._transaction(step):
                 for _ in read(path):
                     progress.advance(bar)
         progress.remove_task(bar)
@@ -158,6 +171,17 @@ class Catalog:
         """The pools, in the order of their numbers."""
         return [name for (name,) in self.db.execute("SELECT name FROM pools ORDER BY number")]
 
+    def given_negatives(self) -> dict[str, Any]:
+        """The negatives that training queries name, by column of their file: of the wrong content, without scores."""
+        found = self.db.execute(
+            "SELECT q.id, e.value, e.key FROM queries q, json_each(q.negatives) e WHERE q.split = 'train' ORDER BY 1, 3"
+        )
+        rows = np.fromiter((value for qid, did, place in found for value in (qid, encode_id(did), place + 1)), np.int64)
+        qids, dids, ranks = rows.reshape(-1, 3).T
+        kinds = np.full(len(qids), KINDS.index(WRONG_CONTENT), dtype=np.int8)
+        scores = np.full(len(qids), np.nan, dtype=np.float32)
+        return {"qid": qids, "did": dids, "kind": kinds, "rank": ranks.astype(np.int16), "score": scores}
+
     @contextlib.contextmanager
     def _transaction(self, step: str) -> Iterator[None]:
         """Do a step whole or not at all."""
@@ -178,12 +202,13 @@ class Catalog:
             pools.append(self.db.execute("SELECT number FROM pools WHERE name = ?", (name,)).fetchone()[0])
         for record in self.layout.candidates(path):
             yield
-            if isinstance(record, BadRecord):
-                self._leave_out(record.where, record.reason)
+            if isinstance(record, Noted | BadRecord):
+                self._put_aside(record)
             elif not self._add_candidate(record):
                 self._leave_out(f"{path}: {record.did}", "stands elsewhere with other content")
             else:
                 code = encode_id(record.did)
+                self._add_source("", code, record.source_id)
                 self.db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?)", [(code, pool) for pool in pools])
 
     def _add_candidate(self, record: CandidateRecord) -> bool:
@@ -199,13 +224,18 @@ class Catalog:
         judged = self.layout.qrels(split, dataset) if split != "train" else {}
         for record in self.layout.queries(path):
             yield
-            if isinstance(record, BadRecord):
-                self._leave_out(record.where, record.reason)
+            if isinstance(record, Noted | BadRecord):
+                self._put_aside(record)
                 continue
             of_task, of_dataset = judged.get(record.task.name, {}), judged.get(dataset, {})
             positives = of_task.get(record.qid) or of_dataset.get(record.qid, record.positives)
-            if not self._add_query(record, split, positives, weight):
+            if not self._add_query(record, record.split or split, positives, weight):
                 self._leave_out(f"{path}: {record.qid}", "stands elsewhere with other content")
+                continue
+            ignored = [encode_id(did) for did in record.ignored]
+            self._add_source(
+                record.split or split, encode_id(record.qid), record.source_id, list(record.grades), ignored
+            )
 
     def _add_query(self, record: QueryRecord, split: str, positives: tuple[str, ...], weight: int) -> bool:
         row = (
@@ -230,6 +260,19 @@ class Catalog:
         self.db.execute("INSERT OR IGNORE INTO pictures (path) VALUES (?)", (path,))
         number: int = self.db.execute("SELECT number FROM pictures WHERE path = ?", (path,)).fetchone()[0]
         return number
+
+    def _add_source(
+        self, split: str, code: int, name: str, grades: list[int] | None = None, ignored: list[int] | None = None
+    ) -> None:
+        if name:
+            row = (split, code, name, json.dumps(grades or []), json.dumps(ignored or []))
+            self.db.execute("INSERT OR IGNORE INTO sources VALUES (?, ?, ?, ?, ?)", row)
+
+    def _put_aside(self, record: BadRecord | Noted) -> None:
+        if isinstance(record, BadRecord):
+            self._leave_out(record.where, record.reason)
+        else:
+            self.db.execute("INSERT OR REPLACE INTO noted VALUES (?, ?)", (record.what, record.number))
 
     def _leave_out(self, record: str, reason: str) -> None:
         self.db.execute("INSERT OR IGNORE INTO bad (record, reason) VALUES (?, ?)", (record, reason))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_mmembed.data.batches import BATCH_MIXES, EpochPlan, TrainingBatch, TrainingBatches
 from lightning_mmembed.data.layout import TRAIN_POOL
+from lightning_mmembed.data.loader import Place, TrainingLoader
 from lightning_mmembed.data.manifest import hold_the_records_of
 from lightning_mmembed.data.negatives import MinedNegatives
 from lightning_mmembed.data.places import is_url
@@ -93,7 +94,7 @@ class MBEIRDataModule(LightningDataModule):
         return self._shards
 
     def use_negatives(self, path: str | Path) -> None:
-        """Draw hard negatives from a file from the next training dataloader on."""
+        """Draw hard negatives from a file from the next epoch on."""
         self.negatives = path
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,21 +105,67 @@ class MBEIRDataModule(LightningDataModule):
         """Take up the mined negatives that the checkpoint was trained with."""
         self.negatives = state_dict["negatives"]
 
-    def train_dataloader(self) -> DataLoader[TrainingBatch]:
-        """Batches of the training queries, with the mined negatives in use."""
+    def train_dataloader(self) -> TrainingLoader:
+        """Batches of the training queries from where the Trainer is, with the mined negatives in use."""
+        rows = self.shards.query_rows("train")
+        plan = self._plan("train", rows, self.batch_mix, self._resampled(rows))
+        return TrainingLoader(plan, partial(self._training_batches, rows), self._place, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[TrainingBatch]:
+        """Batches of the validation queries and their positives, the same in every epoch."""
+        return self._fixed_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[TrainingBatch]:
+        """Batches of the test queries and their positives, likewise."""
+        return self._fixed_dataloader("test")
+
+    def _training_batches(self, rows: np.ndarray) -> TrainingBatches:
         mined = None if self.negatives is None else MinedNegatives(self.negatives)
         if mined is not None:
             mined.check_pool(self.shards.pool_fingerprint(TRAIN_POOL))
         n_negatives = 0 if mined is None else self.negatives_per_query
-        return self._dataloader("train", negatives_per_query=n_negatives, mined=mined)
+        return self._batches("train", rows, draw_instructions=True, negatives_per_query=n_negatives, mined=mined)
 
-    def val_dataloader(self) -> DataLoader[TrainingBatch]:
-        """Batches of the validation queries and their positives, the same in every epoch."""
-        return self._dataloader("val", fixed=True)
+    def _fixed_dataloader(self, split: str) -> DataLoader[TrainingBatch]:
+        rows, pool = self.shards.query_rows(split), self.shards.pool(split).ids.numpy()
+        known = [bool(np.isin(labelled, pool).any()) for labelled in self.shards.positives(rows)]
+        rows = rows[np.array(known, dtype=bool)]
+        batches = self._batches(split, rows, draw_instructions=False)
+        plan = self._plan(split, rows, "mixed", fixed=True)
+        return DataLoader(batches, batch_size=None, sampler=plan, num_workers=self.num_workers)
 
-    def test_dataloader(self) -> DataLoader[TrainingBatch]:
-        """Batches of the test queries and their positives, likewise."""
-        return self._dataloader("test", fixed=True)
+    def _batches(self, split: str, rows: np.ndarray, **settings: Any) -> TrainingBatches:
+        pool = self.shards.pool(TRAIN_POOL if split == "train" else split).ids.numpy()
+        return TrainingBatches(self.shards, rows, pool, self._processor(), seed=self.seed, **settings)
+
+    def _processor(self) -> Callable[[Sequence[Query | Candidate]], EncoderInputs]:
+        """The processor of the encoder; a module with GradCache says how large the passes are that it cuts."""
+        module = self._own_trainer.lightning_module
+        budget = getattr(module, "mini_batch_num_tokens", None)
+        return partial(encoder_of(module).processor, tokens_per_batch=budget)
+
+    def _plan(
+        self,
+        split: str,
+        rows: np.ndarray,
+        batch_mix: str,
+        resampled: tuple[np.ndarray, np.ndarray] | None = None,
+        fixed: bool = False,
+    ) -> EpochPlan:
+        n_queries = len(rows) if resampled is None else int(resampled[1].sum())
+        replicas = self._own_trainer.world_size
+        if n_queries < replicas:
+            raise UserInputError(f"{self.shards_dir} has {n_queries} {split} queries for {replicas} processes")
+        return EpochPlan(
+            self.shards.task_names(rows),
+            min(self.batch_size, n_queries // replicas),
+            self.seed,
+            batch_mix,
+            num_replicas=replicas,
+            rank=self._own_trainer.global_rank,
+            fixed=fixed,
+            resampled=resampled,
+        )
 
     def _resampled(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         if self.upsample is None and self.temperature is None:
@@ -127,45 +174,15 @@ class MBEIRDataModule(LightningDataModule):
             return source_targets(self.shards.query_weights(rows))
         return task_targets(self.shards.task_names(rows), self.upsample, self.temperature)
 
-    def _processor(self) -> Callable[[Sequence[Query | Candidate]], EncoderInputs]:
-        """The processor of the encoder; a module with GradCache says how large the passes are that it cuts."""
-        assert self.trainer is not None
-        module = self.trainer.lightning_module
-        budget = getattr(module, "mini_batch_num_tokens", None)
-        return partial(encoder_of(module).processor, tokens_per_batch=budget)
+    def _place(self) -> Place:
+        """How far the Trainer is; a batch that has been read ahead is not done."""
+        loop = self._own_trainer.fit_loop
+        end = None if isinstance(loop.max_batches, float) else loop.max_batches
+        epochs: int = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        return Place(epochs, loop.epoch_loop.batch_progress.current.ready, end)
 
-    def _dataloader(self, split: str, fixed: bool = False, **negatives: Any) -> DataLoader[TrainingBatch]:
+    @property
+    def _own_trainer(self) -> Trainer:
         if self.trainer is None:
             raise RuntimeError("MBEIRDataModule needs a Trainer: its encoder's processor writes the prompts")
-        rows = self.shards.query_rows(split)
-        pool = self.shards.pool(TRAIN_POOL if split == "train" else split).ids.numpy()
-        if split != "train":
-            known = [bool(np.isin(labelled, pool).any()) for labelled in self.shards.positives(rows)]
-            rows = rows[np.array(known, dtype=bool)]
-        resampled = self._resampled(rows) if split == "train" else None
-        n_queries = len(rows) if resampled is None else int(resampled[1].sum())
-        replicas = self.trainer.world_size
-        if n_queries < replicas:
-            raise UserInputError(f"{self.shards_dir} has {n_queries} {split} queries for {replicas} processes")
-        plan = EpochPlan(
-            self.shards.task_names(rows),
-            min(self.batch_size, n_queries // replicas),
-            self.seed,
-            "mixed" if fixed else self.batch_mix,
-            num_replicas=replicas,
-            rank=self.trainer.global_rank,
-            fixed=fixed,
-            resampled=resampled,
-        )
-        # A resumed Trainer draws the first iterator before it tells the sampler the epoch.
-        plan.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        batches = TrainingBatches(
-            self.shards,
-            rows,
-            pool,
-            self._processor(),
-            seed=self.seed,
-            draw_instructions=not fixed,
-            **negatives,
-        )
-        return DataLoader(batches, batch_size=None, sampler=plan, num_workers=self.num_workers)
+        return self.trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Modality, Task, dataset_number, encode_id
@@ -18,6 +18,10 @@ class Instructions:
 
     def __init__(self, prompts: Mapping[tuple[int, Modality, Modality], tuple[str, ...]]) -> None:
         self._prompts = dict(prompts)
+
+    def of_datasets(self, ids: Collection[int]) -> dict[tuple[int, Modality, Modality], tuple[str, ...]]:
+        """The prompts of some datasets alone."""
+        return {key: texts for key, texts in self._prompts.items() if key[0] in ids}
 
     def choices(self, qid: str, query_modality: Modality, task: Task) -> tuple[str, ...]:
         """Every prompt that a query may get.

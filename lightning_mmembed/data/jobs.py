@@ -38,6 +38,20 @@ INDEX_SCHEMA = pa.schema(
     }
 )
 
+#: The index of a source that has ids of its own.
+SOURCE_INDEX_SCHEMA = pa.unify_schemas(
+    [
+        INDEX_SCHEMA,
+        pa.schema(
+            {
+                "source_id": pa.string(),  # what the source calls it
+                "grades": pa.list_(pa.int32()),  # of a query: of each of its positives, from 1
+                "ignored": pa.list_(pa.int64()),  # of a query: candidates that its rankings leave out
+            }
+        ),
+    ]
+)
+
 
 @dataclass(frozen=True)
 class PictureJob:
@@ -66,10 +80,11 @@ class ShardJobs(Dataset[Any]):
         directory: Where shards are written, and under ``work`` the index rows of each shard of records.
         database: The catalog.
         source: Where extracted pictures lie.
+        schema: Of the index.
     """
 
-    def __init__(self, directory: Path, database: Path, source: Path) -> None:
-        self.directory, self.database, self.source = directory, database, source
+    def __init__(self, directory: Path, database: Path, source: Path, schema: pa.Schema = INDEX_SCHEMA) -> None:
+        self.directory, self.database, self.source, self.schema = directory, database, source, schema
 
     def __getitem__(self, job: PictureJob | RecordJob) -> Any:
         try:
@@ -109,31 +124,44 @@ class ShardJobs(Dataset[Any]):
         finally:
             db.close()
         with replacing(self.directory / "work" / f"{job.name}.parquet") as path:
-            pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), path)
+            pq.write_table(pa.Table.from_pylist(rows, self.schema), path)
         return len(rows)
 
 
 _PICTURE = "p.shard, p.place, p.size, p.path"
 _CANDIDATES = f"""
-SELECT {_PICTURE}, c.id, c.text, c.modality, (SELECT group_concat(pool) FROM members m WHERE m.id = c.id)
-FROM candidates c LEFT JOIN pictures p ON p.number = c.picture WHERE c.id BETWEEN :first AND :last ORDER BY c.id"""
+SELECT {_PICTURE}, c.id, c.text, c.modality, (SELECT group_concat(pool) FROM members m WHERE m.id = c.id), s.name
+FROM candidates c LEFT JOIN pictures p ON p.number = c.picture LEFT JOIN sources s ON s.split = '' AND s.id = c.id
+WHERE c.id BETWEEN :first AND :last ORDER BY c.id"""
 _QUERIES = f"""
-SELECT {_PICTURE}, q.id, q.text, q.modality, q.task, q.positives, q.negatives, q.weight
-FROM queries q LEFT JOIN pictures p ON p.number = q.picture
+SELECT {_PICTURE}, q.id, q.text, q.modality, q.task, q.positives, q.negatives, q.weight, s.name, s.grades, s.ignored
+FROM queries q LEFT JOIN pictures p ON p.number = q.picture LEFT JOIN sources s ON s.split = q.split AND s.id = q.id
 WHERE q.number BETWEEN :first AND :last AND q.split = :split ORDER BY q.number"""
 
 #: What becomes of a record: the columns of its index row that it decides, and its JSON content.
 _Sample = tuple[dict[str, Any], dict[str, Any]]
 
 
-def _candidate_sample(code: int, text: str, modality: int, pools: str) -> _Sample:
+def _candidate_sample(code: int, text: str, modality: int, pools: str, source_id: str | None) -> _Sample:
     numbers = sorted(int(number) - 1 for number in pools.split(","))
     row = {"id": code, "modality": modality, "task": "", "pools": numbers, "positives": [], "weight": 0}
-    return row, {"did": decode_id(code), "txt": text, "modality": list(Modality)[modality].value}
+    content = {"did": decode_id(code), "txt": text, "modality": list(Modality)[modality].value}
+    if source_id is None:
+        return row, content
+    return row | {"source_id": source_id}, content | {"source_id": source_id}
 
 
 def _query_sample(
-    code: int, text: str, modality: int, task: str, positives: str, negatives: str, weight: int
+    code: int,
+    text: str,
+    modality: int,
+    task: str,
+    positives: str,
+    negatives: str,
+    weight: int,
+    source_id: str | None,
+    grades: str | None,
+    ignored: str | None,
 ) -> _Sample:
     ids = json.loads(positives)
     row = {"id": code, "modality": modality, "task": task, "pools": [], "positives": ids, "weight": weight}
@@ -145,7 +173,10 @@ def _query_sample(
         "pos_cand_list": [decode_id(did) for did in ids],
         "neg_cand_list": json.loads(negatives),
     }
-    return row, content
+    if source_id is None:
+        return row, content
+    more = {"source_id": source_id, "grades": json.loads(grades or "[]")}
+    return row | more | {"ignored": json.loads(ignored or "[]")}, content | more
 
 
 def usable_cores() -> int:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_mmembed.data.records import BadRecord, CandidateRecord, QueryRecord, read_records
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Modality, Task, dataset_number, encode_id
 
@@ -45,37 +44,6 @@ def format_text(text: str | None) -> str:
     return text if text.endswith((".", "?", "!")) else text + "."
 
 
-@dataclass(frozen=True)
-class CandidateRecord:
-    """A line of a candidate pool; ``image`` is a path relative to the source, or None."""
-
-    did: str
-    text: str
-    image: str | None
-    modality: Modality
-
-
-@dataclass(frozen=True)
-class QueryRecord:
-    """A line of a query file; ``image`` is a path relative to the source, or None."""
-
-    qid: str
-    text: str
-    image: str | None
-    modality: Modality
-    task: Task
-    positives: tuple[str, ...]
-    negatives: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A line that cannot be used, and why."""
-
-    where: str
-    reason: str
-
-
 class MBEIRLayout:
     """A source tree in M-BEIR's layout.
 
@@ -86,6 +54,9 @@ class MBEIRLayout:
         UserInputError: If the folder, or a part of it that every dataset needs, is missing.
     """
 
+    gives_negatives = False  # those of some datasets are spans and distractors of another task
+    settings: tuple[Any, ...] = ()
+
     def __init__(self, source: str | Path) -> None:
         self.source = Path(source)
         if not self.source.is_dir():
@@ -93,6 +64,15 @@ class MBEIRLayout:
         for part in ("query", "cand_pool/local", "instructions/query_instructions.tsv"):
             if not (self.source / part).exists():
                 raise UserInputError(f"{self.source / part} is missing; M-BEIR's layout needs it")
+
+    def files(self) -> list[Path]:
+        """Every file but the pictures."""
+        folders = ("query", "cand_pool", "qrels", "instructions")
+        return sorted(p for folder in folders for p in (self.source / folder).rglob("*") if p.is_file())
+
+    def open_prompts(self) -> IO[bytes]:
+        """Open the instruction file."""
+        return open(self.instructions_file, "rb")
 
     def query_files(self, split: str) -> list[Path]:
         """The query files of a split, by name.
@@ -133,15 +113,15 @@ class MBEIRLayout:
 
     def candidates(self, path: Path) -> Iterator[CandidateRecord | BadRecord]:
         """Read a pool file; a line that cannot be used comes out as a :class:`BadRecord`."""
-        return _records(path, _candidate)
+        return read_records(path, lambda _, record: _candidate(record))
 
     def queries(self, path: Path) -> Iterator[QueryRecord | BadRecord]:
         """Read a query file, likewise."""
         if path.parent.name in SPLITS:
             dataset = dataset_of(path)
-            return _records(path, lambda record: _query(record, dataset))
+            return read_records(path, lambda _, record: _query(record, dataset))
         names = self.dataset_names()  # a file of several datasets
-        return _records(path, lambda record: _query(record, _dataset_of_qid(record["qid"], names)))
+        return read_records(path, lambda _, record: _query(record, _dataset_of_qid(record["qid"], names)))
 
     def dataset_names(self) -> dict[int, str]:
         """Names of the datasets by id, in lower case, as the instruction file has them."""
@@ -227,27 +207,6 @@ def dataset_of(path: Path) -> str:
     """
     match = re.fullmatch(r"mbeir_(.+?)(?:_task\d+)?_(?:train|val|test)\.jsonl", path.name)
     return match[1] if match else path.stem
-
-
-def _records(path: Path, build: Any) -> Iterator[Any]:
-    # Bytes: lines end at \n alone, not at U+2028 or U+0085, and one that is not UTF-8 is one bad record.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield build(json.loads(line))
-            except json.JSONDecodeError as error:
-                if not line.endswith(b"\n"):
-                    raise UserInputError(
-                        f"{path} ends in the middle of line {number}: the file was cut short; fetch it again"
-                    ) from None
-                yield BadRecord(f"{path}:{number}", f"not JSON ({error.msg})")
-            except UnicodeDecodeError as error:
-                yield BadRecord(f"{path}:{number}", f"not UTF-8 ({error.reason})")
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
-                yield BadRecord(f"{path}:{number}", reason)
 
 
 def _candidate(record: dict[str, Any]) -> CandidateRecord:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_mmembed.data.layout import SPLITS, MBEIRLayout
 from lightning_mmembed.data.pictures import extracted_picture, picture_problem
 from lightning_mmembed.data.places import Place
+from lightning_mmembed.data.records import Layout
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint, read_json
 from lightning_mmembed.items import encode_id
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 INDEX_FILE, MANIFEST_FILE, INSTRUCTIONS_FILE = "index.parquet", "manifest.json", "instructions.tsv"
+#: The negatives that a text-to-text source gives for its training queries.
+NEGATIVES_FILE = "negatives.parquet"
 
 
 def read_manifest(place: Place) -> dict[str, Any]:
@@ -80,21 +83,22 @@ def summary(manifest: dict[str, Any]) -> str:
         >>> counts = {"candidates": 5000, "queries": {"a_task0/train": 9, "a_task1/train": 1, "a_task0/test": 3}}
         >>> summary({"counts": counts, "bad_records": []})
         '5,000 candidates; queries: 10 train, 0 val, 3 test; 0 records left out'
+        >>> summary({"counts": counts, "bad_records": [], "noted": {"queries without judgements": 2}})
+        '5,000 candidates; queries: 10 train, 0 val, 3 test; 0 records left out; 2 queries without judgements'
     """
     counts = manifest["counts"]
     queries = {
         split: sum(count for name, count in counts["queries"].items() if name.endswith(f"/{split}")) for split in SPLITS
     }
     asked = ", ".join(f"{count:,} {split}" for split, count in queries.items())
-    return f"{counts['candidates']:,} candidates; queries: {asked}; {named(manifest['bad_records'])}"
+    parts = [f"{counts['candidates']:,} candidates", f"queries: {asked}", named(manifest["bad_records"])]
+    return "; ".join([*parts, *(f"{number:,} {what}" for what, number in manifest.get("noted", {}).items())])
 
 
-def source_fingerprint(layout: MBEIRLayout, parts: list[Path], *settings: Any) -> str:
+def source_fingerprint(layout: Layout, parts: list[Path], *settings: Any) -> str:
     """Fingerprint of names, sizes and times of a source's files other than extracted pictures, and of the settings."""
-    folders = ("query", "cand_pool", "qrels", "instructions")
-    files = sorted(p for folder in folders for p in (layout.source / folder).rglob("*") if p.is_file())
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in [*files, *parts]]
-    return fingerprint(FORMAT_VERSION, str(layout.source.resolve()), stats, settings)
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in [*layout.files(), *parts]]
+    return fingerprint(FORMAT_VERSION, str(layout.source.resolve()), stats, (*settings, *layout.settings))
 
 
 def finished_manifest(directory: Path) -> dict[str, Any] | None:
@@ -122,7 +126,7 @@ def hold_the_records_of(directory: str | Path, source: str | Path) -> bool:
     return not has_mended_pictures(manifest, layout)
 
 
-def has_mended_pictures(manifest: dict[str, Any], layout: MBEIRLayout) -> bool:
+def has_mended_pictures(manifest: dict[str, Any], layout: Layout) -> bool:
     """Whether a picture of the source's folder that records were left out for can be used now.
 
     Other pictures are not looked at, nor an archive, of which nothing less than all can be read.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from lightning_mmembed.data.instructions import draw
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import replacing
 from lightning_mmembed.items import decode_id
-from lightning_mmembed.mining import WRONG_CONTENT, WRONG_MODALITY
+from lightning_mmembed.mining_rule import KINDS as KINDS
 
-KINDS = (WRONG_MODALITY, WRONG_CONTENT)
+#: The share of the wrong modality among the drawn negatives: a number; a number for each epoch, of which the last goes
+#: on; or from ``start`` in the first epoch by equal steps to ``end`` in the last of so many ``epochs``.
+Share = float | Sequence[float] | Mapping[str, float]
 
 SCHEMA = pa.schema(
     {
@@ -80,21 +83,66 @@ class MinedNegatives:
                 "mine again"
             )
 
-    def of(self, qid: int) -> tuple[np.ndarray, np.ndarray]:
-        """The mined ``did`` of a query: those of the wrong modality, those of the wrong content."""
+    def of(self, qid: int) -> tuple[np.ndarray, ...]:
+        """The mined ``did`` of a query, for each of :data:`KINDS`."""
         start, end = np.searchsorted(self._qid, [qid, qid + 1])
-        middle = start + np.searchsorted(self._kind[start:end], 1)
-        return self._did[start:middle], self._did[middle:end]
+        bounds = start + np.searchsorted(self._kind[start:end], np.arange(len(KINDS) + 1))
+        return tuple(self._did[bounds[i] : bounds[i + 1]] for i in range(len(KINDS)))
+
+
+def check_share(share: Share) -> None:
+    """Refuse a share that is none.
+
+    Raises:
+        UserInputError: If a number is not from 0 to 1, or an entry is missing.
+    """
+    message = f"wrong_modality_share={share!r} cannot be used: "
+    if isinstance(share, Mapping):
+        if set(share) != {"start", "end", "epochs"}:
+            raise UserInputError(f"{message}write start, end and epochs, such as {{start: 1.0, end: 0.5, epochs: 8}}")
+        if not (math.isfinite(share["epochs"]) and share["epochs"] >= 1):
+            raise UserInputError(f"{message}epochs must be 1 or more")
+        numbers = [share["start"], share["end"]]
+    else:
+        numbers = list(share) if isinstance(share, Sequence) else [share]
+    if not numbers or not all(0 <= number <= 1 for number in numbers):
+        raise UserInputError(f"{message}a share is from 0 to 1")
+
+
+def share_at(share: Share, epoch: int) -> float:
+    """The share of the wrong modality in an epoch, a pure function of its arguments.
+
+    Args:
+        share: One number or a curriculum (:data:`Share`).
+        epoch: The epoch, from 0.
+
+    Example:
+        >>> [share_at([1.0, 0.7], epoch) for epoch in range(3)]
+        [1.0, 0.7, 0.7]
+        >>> [share_at({"start": 1.0, "end": 0.5, "epochs": 3}, epoch) for epoch in range(4)]
+        [1.0, 0.75, 0.5, 0.5]
+    """
+    if isinstance(share, Mapping):
+        passed = min(1.0, epoch / max(1, share["epochs"] - 1))
+        return (1 - passed) * share["start"] + passed * share["end"]
+    return share[min(epoch, len(share) - 1)] if isinstance(share, Sequence) else share
 
 
 def draw_negatives(
-    mined: MinedNegatives | None, pool: np.ndarray, qid: int, positives: Sequence[int], n: int, seed: int, epoch: int
+    mined: MinedNegatives | None,
+    pool: np.ndarray,
+    qid: int,
+    positives: Sequence[int],
+    n: int,
+    seed: int,
+    epoch: int,
+    share: Share = 0.5,
 ) -> list[int]:
     """Draw the negatives of a query, a pure function of its arguments.
 
-    Each is drawn from the two mined kinds with equal chance (the paper's triplets). Where one kind is empty the other
-    is used; where both are, any candidate of the pool that is no labelled positive: the number of negatives is the
-    same for every query, which a gather across processes needs.
+    Each is drawn from the two modality-aware kinds, by default with equal chance (the paper's triplets). Where one kind
+    is empty the other is used; where nothing was mined, any candidate of the pool that is no labelled positive: the
+    number of negatives is the same for every query, which a gather across processes needs.
 
     Args:
         mined: The mined negatives.
@@ -104,6 +152,8 @@ def draw_negatives(
         n: How many to draw.
         seed: Seed of the run.
         epoch: The epoch.
+        share: Of the wrong modality, where both kinds were mined. With a larger share the draws of the wrong modality
+            stay as they were, and some of the wrong content become such.
 
     Returns:
         ``n`` ids, none of them a labelled positive.
@@ -112,7 +162,8 @@ def draw_negatives(
     drawn = []
     for i in range(n):
         if kinds:
-            part = kinds[draw(len(kinds), seed, epoch, "kind", qid, i)]
+            key = (seed, epoch, "kind", qid, i)
+            part = kinds[0] if len(kinds) == 1 or _chance(*key) < share_at(share, epoch) else kinds[1]
             drawn.append(int(part[draw(len(part), seed, epoch, "negative", qid, i)]))
             continue
         for attempt in range(len(pool)):
@@ -128,3 +179,9 @@ def draw_negatives(
                 )
             drawn.append(int(free[draw(len(free), seed, epoch, "random", qid, i)]))
     return drawn
+
+
+def _chance(*key: object) -> float:
+    """A number from 0 up to 1, without 1, that depends on the key alone; below a half where ``draw(2, *key)`` is 0."""
+    bits = draw(2**53, *key)
+    return int(f"{bits:053b}"[::-1], 2) / 2**53

@@ -76,12 +76,17 @@ class Place:
         """``size`` bytes of a file from an offset.
 
         Raises:
-            UserInputError: If the file is missing or ends before that.
+            UserInputError: If the file is missing, ends before that or cannot be read.
         """
         try:
             data = self._at(name, offset, size)
         except FileNotFoundError:
             raise self._missing(name) from None
+        except OSError as error:
+            raise UserInputError(
+                f"{self.location}/{name} cannot be read at byte {offset}: {error}; see to the disk or the network, "
+                "then run this again"
+            ) from error
         if len(data) != size:
             raise UserInputError(
                 f"{self.location}/{name} ends before byte {offset + size}; it is truncated: make the shards again"

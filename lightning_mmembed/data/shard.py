@@ -1,4 +1,4 @@
-"""Turns a dataset in M-BEIR's layout into WebDataset shards, one Parquet index and a manifest.
+"""Turns a dataset, in M-BEIR's layout or of texts alone, into WebDataset shards, a Parquet index and a manifest.
 
 ::
 
@@ -7,6 +7,7 @@
     queries-train-00000.tar ...  {qid}.json, per split
     index.parquet                a row per record: where it and its picture lie, modality, task, pools, positives
     instructions.tsv             as in the source
+    negatives.parquet            the negatives that a text-to-text source gives, where it does
     manifest.json                counts, checksums, records left out and why, fingerprints
 
 Memory does not grow with the dataset: what is read goes to an SQLite file, and a shard is written at a time. A run that
@@ -21,24 +22,36 @@ import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_mmembed.data.catalog import Catalog
 from lightning_mmembed.data.instructions import Instructions
-from lightning_mmembed.data.jobs import INDEX_SCHEMA, PictureJob, RecordJob, ShardJobs, run_jobs
-from lightning_mmembed.data.layout import SPLITS, MBEIRLayout, read_instructions
+from lightning_mmembed.data.jobs import (
+    INDEX_SCHEMA,
+    SOURCE_INDEX_SCHEMA,
+    PictureJob,
+    RecordJob,
+    ShardJobs,
+    run_jobs,
+)
+from lightning_mmembed.data.layout import SPLITS, TRAIN_POOL, MBEIRLayout, read_instructions
 from lightning_mmembed.data.manifest import (
     FORMAT_VERSION,
     INDEX_FILE,
     INSTRUCTIONS_FILE,
     MANIFEST_FILE,
+    NEGATIVES_FILE,
     finished_manifest,
     has_mended_pictures,
     source_fingerprint,
 )
+from lightning_mmembed.data.negatives import write_negatives
 from lightning_mmembed.data.pictures import archive_beside, archive_parts, stream_archive
 from lightning_mmembed.data.places import is_url
+from lightning_mmembed.data.records import Layout
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import file_sha256, fingerprint, locked, replacing, resumable, write_atomically
 from lightning_mmembed.items import Modality, Task, dataset_number, decode_id
@@ -51,7 +64,7 @@ PICTURES_PER_SHARD, PICTURE_BYTES_PER_SHARD = 2000, 64 << 20
 
 
 def shard_dataset(
-    source: str | Path,
+    source: str | Path | Layout,
     out: str | Path,
     *,
     archive: str | None = None,
@@ -63,7 +76,8 @@ def shard_dataset(
     """Write the shards of a dataset, unless those of this very source stand there already.
 
     Args:
-        source: Folder in M-BEIR's layout.
+        source: Folder in M-BEIR's layout, or a source in another, such as a
+            :class:`~lightning_mmembed.data.beir.BEIRLayout`.
         out: Folder of the shards; stale shards there are replaced, anything else is left alone.
         archive: The picture archive, or a pattern of its parts, read as one stream without extracting it; by default
             the source's folder ``mbeir_images``, and where that is absent ``mbeir_images.tar.gz`` or its parts in the
@@ -85,10 +99,11 @@ def shard_dataset(
         raise UserInputError(
             f"out={str(out)!r} is a URL: write to a folder, copy it there, then read it with data.source=null"
         )
-    layout, out = MBEIRLayout(source), Path(out)
-    with open(layout.instructions_file, "rb") as file:
+    layout: Layout = MBEIRLayout(source) if isinstance(source, str | Path) else source
+    out = Path(out)
+    with layout.open_prompts() as file:
         prompts = Instructions(read_instructions(file))
-    parts = archive_parts(layout, archive)
+    parts = archive_parts(layout, archive) if isinstance(layout, MBEIRLayout) else []
     records, content = source_fingerprint(layout, []), source_fingerprint(layout, parts, samples_per_shard)
     made_of = fingerprint(records, content, max_bad_fraction)
     with locked(out), resumable(out):
@@ -133,7 +148,7 @@ class _Conversion:
 
     def __init__(
         self,
-        layout: MBEIRLayout,
+        layout: Layout,
         directory: Path,
         parts: list[Path],
         samples_per_shard: int,
@@ -151,7 +166,7 @@ class _Conversion:
             with self.progress:
                 self.catalog.read(self.progress)
                 if not self.catalog.count("candidates"):
-                    raise UserInputError(f"{self.layout.source}/cand_pool holds no candidate that can be used")
+                    raise UserInputError(f"{self.layout.source} holds no candidate that can be used")
                 self._check_pools()
                 self._check_prompts(prompts)
                 self.catalog.check_bad(max_bad_fraction)
@@ -167,7 +182,7 @@ class _Conversion:
         try:
             self.catalog.settle(max_bad_fraction)
         except UserInputError as error:
-            if self.parts:
+            if self.parts or not isinstance(self.layout, MBEIRLayout):
                 raise
             self.catalog.forget_broken_pictures()
             unread = archive_beside(self.layout)
@@ -200,7 +215,8 @@ class _Conversion:
             except UserInputError as error:
                 missing.append(str(error))
         if missing:
-            raise UserInputError(f"{self.layout.instructions_file} lacks lines:\n  " + "\n  ".join(missing))
+            lacking = "\n  ".join(missing)
+            raise UserInputError(f"{self.layout.source}: query_instructions.tsv lacks lines:\n  {lacking}")
 
     def _write_pictures(self) -> None:
         """Write every picture that a record names, and note where it lies or why it cannot be used."""
@@ -269,14 +285,16 @@ class _Conversion:
         done = {job for job in jobs if (work / f"{job.name}.parquet").is_file()}
         self.progress.advance(bar, sum(job.count for job in done))
         todo = (job for job in jobs if job not in done)
-        for count in run_jobs(ShardJobs(self.directory, self.database, self.layout.source), todo, self.num_workers):
+        writer = ShardJobs(self.directory, self.database, self.layout.source, self._index_schema())
+        for count in run_jobs(writer, todo, self.num_workers):
             self.progress.advance(bar, count)
         self.progress.remove_task(bar)
 
     def _finish(self, jobs: list[RecordJob], made_of: dict[str, str]) -> None:
         """Write index and manifest; the manifest comes last and makes the shards whole."""
         pools = dict.fromkeys(self.catalog.pool_names(), 0)
-        with replacing(self.directory / INDEX_FILE) as temporary, pq.ParquetWriter(temporary, INDEX_SCHEMA) as writer:
+        schema = self._index_schema()
+        with replacing(self.directory / INDEX_FILE) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for job in jobs:
                 writer.write_table(pq.read_table(self.directory / "work" / f"{job.name}.parquet"))
         db = self.catalog.db
@@ -289,9 +307,10 @@ class _Conversion:
             {"file": name, "sha256": file_sha256(self.directory / name), "size": (self.directory / name).stat().st_size}
             for name in names
         ]
-        shutil.copyfile(self.layout.instructions_file, self.directory / INSTRUCTIONS_FILE)
+        with self.layout.open_prompts() as file:
+            write_atomically(self.directory / INSTRUCTIONS_FILE, file.read())
         others = [file_sha256(self.directory / name) for name in (INDEX_FILE, INSTRUCTIONS_FILE)]
-        manifest = {
+        manifest: dict[str, Any] = {
             "version": FORMAT_VERSION,
             **made_of,  # of which source, with the settings and without: they tell whether the shards are stale
             "fingerprint": fingerprint(shards, others),  # of the content: what vectors and negatives are known by
@@ -309,8 +328,20 @@ class _Conversion:
             "queries_without_reachable_positive": [
                 record for (record,) in db.execute("SELECT record FROM unreachable ORDER BY number")
             ],
+            "noted": dict(db.execute("SELECT what, number FROM noted ORDER BY rowid").fetchall()),
         }
+        self._write_negatives(manifest["fingerprint"])
         write_atomically(self.directory / MANIFEST_FILE, json.dumps(manifest, indent=1))
+
+    def _index_schema(self) -> pa.Schema:
+        return SOURCE_INDEX_SCHEMA if self.catalog.count("sources") else INDEX_SCHEMA
+
+    def _write_negatives(self, content: str) -> None:
+        """Write the negatives that the source gives like those that are mined: a training run can start with them."""
+        columns = self.catalog.given_negatives() if self.layout.gives_negatives else {}
+        if count := len(columns.get("qid", ())):
+            made_of = {"source": str(self.layout.source.resolve()), "pool": f"{content}/{TRAIN_POOL}"}
+            write_negatives(self.directory / NEGATIVES_FILE, columns, made_of, {"given": count})
 
 
 def _chunks(keys: Iterable[int], size: int) -> Iterator[tuple[int, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
@@ -107,6 +108,30 @@ class Shards:
         ids: np.ndarray = self._columns["id"][rows]
         return ids
 
+    def source_ids(self, split: str = "") -> dict[str, str]:
+        """What the source calls its queries, or without a split its candidates: from ``qid`` or ``did`` to its own id.
+
+        Empty where the source has ``did`` and ``qid`` itself, as M-BEIR has.
+        """
+        if "source_id" not in self._index.column_names:
+            return {}
+        rows = self.query_rows(split) if split else self.candidate_rows
+        names = self._index["source_id"].take(rows).to_pylist()
+        codes = self._columns["id"][rows].tolist()
+        return {decode_id(code): name for code, name in zip(codes, names, strict=True) if name is not None}
+
+    def _lists(self, column: str, rows: np.ndarray) -> list[list[int]] | None:
+        """A column that the index of some sources has; None where it says nothing of these rows."""
+        if column not in self._index.column_names:
+            return None
+        lists: list[list[int]] = [found or [] for found in self._index[column].take(rows).to_pylist()]
+        return lists if any(lists) else None
+
+    def _grades(self, rows: np.ndarray) -> list[list[int]] | None:
+        """How relevant each positive of each query row is; None where all are alike."""
+        grades = self._lists("grades", rows)
+        return grades if grades and any(grade != 1 for given in grades for grade in given) else None
+
     def query_weights(self, rows: np.ndarray) -> np.ndarray:
         """``(Q,)`` how often each query stands in the source's up-sampled file; without one, in its own file."""
         weights: np.ndarray = self._columns["weight"][rows]
@@ -158,6 +183,10 @@ class Shards:
     def pool_fingerprint(self, name: str) -> str:
         """The fingerprint of a pool, without reading it."""
         return f"{self.fingerprint}/{name}"
+
+    def pool_fingerprints(self, name: str) -> set[str]:
+        """That, and those of what the pool is made of: negatives that were mined in either can be used."""
+        return {self.pool_fingerprint(name)}
 
     def pool(self, name: str) -> Pool:
         """A pool by name: ``train``, ``val`` or ``test`` (union of that split's local pools), in canonical order."""
@@ -214,7 +243,8 @@ class Shards:
             made_of = f"{self.fingerprint}/{split}/{task.name}/{mode}"
             sizes = torch.from_numpy(self._columns["size"][mine].astype(np.int64))
             ids = torch.from_numpy(self.query_ids(mine))
-            sets.append(QuerySet(task, ids, self.positives(mine), queries, made_of, sizes))
+            more = (self._grades(mine), self._lists("ignored", mine))
+            sets.append(QuerySet(task, ids, self.positives(mine), queries, made_of, sizes, *more))
         return sets
 
     def prompt_count(self, split: str) -> int:
@@ -235,8 +265,25 @@ class Shards:
         return [(decode_id(int(ids[i])), list(Modality)[modalities[i]]) for i in firsts]
 
     def _read(self, row: int) -> tuple[dict[str, Any], bytes | None]:
-        record, *picture = [self._place.read_at(*part) for part in self._ranges(row)]
-        return json.loads(record), picture[0] if picture else None
+        with self.naming(row):
+            record, *picture = [self._place.read_at(*part) for part in self._ranges(row)]
+            return json.loads(record), picture[0] if picture else None
+
+    @contextlib.contextmanager
+    def naming(self, row: int) -> Iterator[None]:
+        """Name the record at an index row, and where it lies, in what is wrong with it.
+
+        Raises:
+            UserInputError: In place of what is wrong.
+        """
+        try:
+            yield
+        except ValueError as error:
+            split, code = self._index["split"][row].as_py(), decode_id(int(self._columns["id"][row]))
+            places = ", ".join(f"{file} at byte {offset}" for file, offset, _ in self._ranges(row))
+            problem = str(error).removeprefix(f"{code}: ")  # the processor names it too
+            kind = f"{split} query" if split else "candidate"
+            raise UserInputError(f"{kind} {code} ({places}): {problem}") from error
 
     def _ranges(self, row: int) -> list[tuple[str, int, int]]:
         """File, offset and size of the record at a row, and of its picture if it has one."""
@@ -268,22 +315,3 @@ class _Rows(Sequence[Any]):
         if (np.diff(rows) != 1).any():  # in order, the system reads ahead by itself, and further than a batch
             self._expect(rows)
         return [self._read(int(row)) for row in rows]
-
-
-class ShardTexts:
-    """Every text of the training pool and the training queries, and every instruction: what a tokenizer learns from.
-
-    Args:
-        shards: Directory of the shards.
-    """
-
-    def __init__(self, shards: str | Path) -> None:
-        self._shards = Shards(shards)
-        self.fingerprint = self._shards.fingerprint
-
-    def __iter__(self) -> Iterator[str]:
-        for candidate in self._shards.pool(TRAIN_POOL).items:
-            yield candidate.item.text or ""
-        for row in self._shards.query_rows("train"):
-            query = self._shards.query_at(int(row))
-            yield f"Instruct: {query.instruction}\nQuery: {query.item.text or ''}"

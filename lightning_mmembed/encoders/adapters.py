@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils.hub import extract_commit_hash
 
 from lightning_mmembed.encoders.loading import find_file
@@ -58,6 +59,8 @@ def fingerprints(encoder: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _fingerprint(weight: Tensor) -> str:
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()  # with all processes that hold a shard
     if not weight.is_floating_point():
         return ""
     values = weight.flatten()[:: max(1, weight.numel() // _SAMPLED)]

@@ -51,6 +51,9 @@ class DualEncoder(Encoder):
         super().__init__()
         self.backbone, self.processor = backbone, processor
         self.prompts = cast(FusionPrompts, processor.prompts)
+        for name in ("logit_scale", "logit_bias"):  # of the loss that the towers come from; no vector depends on them
+            if hasattr(backbone, name):
+                getattr(backbone, name).requires_grad_(False)
         config = backbone.config
         self.embedding_dim = int(getattr(config, "projection_dim", None) or config.text_config.projection_size)
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
+from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.encoders.base import Encoder, log_truncated
+from lightning_mmembed.encoders.lockstep import lockstep
+from lightning_mmembed.encoders.processor import EncoderInputs
+from lightning_mmembed.encoders.prompts import Entry
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint, resumable, write_atomically
 from lightning_mmembed.items import Candidate, Query
@@ -25,15 +34,23 @@ from lightning_mmembed.progress import progress_bar
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
 from lightning_mmembed.retrieval.vectors import Vectors, open_part
 
-PART_SIZE = 8192
+#: Entries of a part: few enough that even small pools are shared out evenly, and that little is lost with a process.
+PART_SIZE = 1024
+
+#: The devices that autocast may be on for.
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 def encoder_fingerprint(encoder: Encoder) -> str:
-    """Fingerprint of the weights and of everything else that a vector depends on."""
+    """Fingerprint of the weights and of everything else in the encoder that a vector depends on.
+
+    Of sharded weights it is the same as of whole ones; all processes that share them must ask for it together.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
+        whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return fingerprint(digest.hexdigest(), version("lightning-mmembed"), encoder.settings, encoder.processor.settings())
 
 
@@ -41,16 +58,20 @@ class VectorStore:
     """Vectors on disk, in parts that are each whole or absent.
 
     Args:
-        directory: Where the parts lie; a folder below it is used for each fingerprint.
+        directory: Where the parts lie; a folder below it is used for each fingerprint. Several processes must see the
+            same files there.
         batch_size: Items that are read at once.
         num_workers: Processes that read and prepare items.
         dtype: ``"float16"`` or ``"float32"``, as stored.
-        rank: This process; each writes its own share of the parts.
-        world_size: Number of processes.
-        barrier: Waits for the other processes.
+        processes: Those that share out the parts. All of them must ask for the same vectors. They wait for each other
+            at the end, and for one that has failed until the time-out of their process group: 30 minutes, unless the
+            strategy was given another ``timeout``.
         show_progress: Show a progress bar with an ETA.
         tokens_per_batch: The most positions in a pass of the encoder, padding and pictures counted; see
             :meth:`~lightning_mmembed.encoders.base.Encoder.encode`.
+        precision: Gives the context that the passes of the encoder run in, such as that of autocast. What it makes of
+            them is part of the fingerprint of the vectors.
+        heartbeat: Called after every pass.
     """
 
     def __init__(
@@ -59,18 +80,18 @@ class VectorStore:
         batch_size: int = 256,
         num_workers: int = 0,
         dtype: str = "float16",
-        rank: int = 0,
-        world_size: int = 1,
-        barrier: Callable[[], object] = lambda: None,
+        processes: Processes = ALONE,
         show_progress: bool = True,
         tokens_per_batch: int | None = None,
+        precision: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        heartbeat: Callable[[], object] = lambda: None,
     ) -> None:
         if dtype not in ("float16", "float32"):
             raise ValueError(f"dtype={dtype!r} is unknown; write 'float16' or 'float32'")
         self.directory = Path(directory)
         self.batch_size, self.num_workers, self.dtype = batch_size, num_workers, np.dtype(dtype)
-        self.rank, self.world_size, self.barrier = rank, world_size, barrier
-        self.show_progress, self.tokens_per_batch = show_progress, tokens_per_batch
+        self.processes, self.show_progress, self.tokens_per_batch = processes, show_progress, tokens_per_batch
+        self.precision, self.heartbeat = precision, heartbeat
 
     def embed(
         self,
@@ -102,94 +123,180 @@ class VectorStore:
         Raises:
             UserInputError: If the disk is full.
         """
-        made_of = fingerprint(content, made_by, self.dtype.name)
-        folder = self.directory / made_of
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = {
-            folder / f"part-{number:05d}.npy": range(start, min(start + PART_SIZE, len(entries)))
-            for number, start in enumerate(range(0, len(entries), PART_SIZE))
-        }
-        # Shares start at a process drawn by the fingerprint, so that small sets of one part each do not all go to one.
-        own = list(parts.items())[(self.rank - int(made_of, 16)) % self.world_size :: self.world_size]
-        missing = {path: rows for path, rows in own if not self._is_whole(path, len(rows), encoder.embedding_dim)}
-        with resumable(folder):
-            if self.rank == 0 and not (folder / "made_of.json").is_file():
-                write_atomically(folder / "made_of.json", json.dumps({"content": content, "encoder": made_by}))
-            if missing:
-                self._compute(encoder, entries, missing, label, likeness)
-        self.barrier()
-        return Vectors(list(parts), encoder.embedding_dim)
+        return self._embed(encoder, [_Content(entries, content, likeness)], made_by, label)[0]
 
     def folder(self, content: str, made_by: str) -> Path:
         """Where the vectors of some content by some encoder lie; see :meth:`embed`."""
-        return self.directory / fingerprint(content, made_by, self.dtype.name)
+        with self.precision():
+            return self.directory / fingerprint(content, made_by, self.dtype.name, *_precision())
 
-    def embed_pool(self, encoder: Encoder, pool: Pool, made_by: str) -> Vectors:
-        """The vectors of a pool; see :meth:`embed`."""
-        label = f"embedding the {pool.name} pool"
-        return self.embed(encoder, pool.items, pool.fingerprint, made_by, label, pool.likeness)
+    def embed_pool(
+        self, encoder: Encoder, pool: Pool, made_by: str, query_sets: Sequence[QuerySet] = ()
+    ) -> tuple[Vectors, list[Vectors]]:
+        """The vectors of a pool and of sets of queries, shared out over the processes together; see :meth:`embed`.
 
-    def embed_queries(self, encoder: Encoder, queries: QuerySet, made_by: str) -> Tensor:
-        """The vectors of a task's queries, which unlike a pool fit in memory: ``(Q, D)``; see :meth:`embed`."""
-        label = f"embedding queries of {queries.task.name}"
-        vectors = self.embed(encoder, queries.queries, queries.fingerprint, made_by, label, queries.likeness)
-        return vectors.read(0, len(vectors))
+        Args:
+            encoder: The encoder.
+            pool: The pool.
+            made_by: :func:`encoder_fingerprint` of the encoder.
+            query_sets: The queries.
+
+        Returns:
+            ``(N, D)`` vectors of the pool, and for each set ``(Q, D)`` vectors.
+        """
+        queries = [_Content(some.queries, some.fingerprint, some.likeness) for some in query_sets]
+        contents = [_Content(pool.items, pool.fingerprint, pool.likeness), *queries]
+        label = f"embedding the {pool.name} pool" + (" and its queries" if queries else "")
+        first, *others = self._embed(encoder, contents, made_by, label)
+        return first, others
 
     def prune(self, made_by: str) -> None:
         """Delete the vectors of every other encoder: those of earlier steps of a run, which nothing will ask for."""
-        if self.rank == 0:
+        if self.processes.rank == 0:
             for made_of in self.directory.glob("*/made_of.json"):
                 if json.loads(made_of.read_text())["encoder"] != made_by:
                     shutil.rmtree(made_of.parent)
-        self.barrier()
+        self.processes.barrier()
 
-    def _is_whole(self, path: Path, rows: int, dim: int) -> bool:
+    def _embed(self, encoder: Encoder, contents: Sequence[_Content], made_by: str, label: str) -> list[Vectors]:
+        folders = [self.folder(content.fingerprint, made_by) for content in contents]
+        parts = [_parts(content, number, folders[number]) for number, content in enumerate(contents)]
+        own = _share([part for some in parts for part in some], self.processes)
+        missing = [part for part in own if not self._is_whole(part, encoder.embedding_dim)]
+        with resumable(self.directory):
+            for content, folder in zip(contents, folders, strict=True):
+                folder.mkdir(parents=True, exist_ok=True)
+                if self.processes.rank == 0 and not (folder / "made_of.json").is_file():
+                    made_of = {"content": content.fingerprint, "encoder": made_by}
+                    write_atomically(folder / "made_of.json", json.dumps(made_of))
+            self._compute(encoder, contents, missing, label)
+        self.processes.barrier()
+        return [Vectors([part.path for part in some], encoder.embedding_dim) for some in parts]
+
+    def _is_whole(self, part: _Part, dim: int) -> bool:
         try:
-            part = open_part(path)
+            there = open_part(part.path)
         except UserInputError:
             return False
-        return (part.rows, part.dim, part.dtype) == (rows, dim, self.dtype)
+        return (there.rows, there.dim, there.dtype) == (len(part.rows), dim, self.dtype)
 
-    def _compute(
-        self,
-        encoder: Encoder,
-        entries: Sequence[Query] | Sequence[Candidate],
-        parts: dict[Path, range],
-        label: str,
-        likeness: Sequence[Tensor],
-    ) -> None:
-        # Each rank computes other parts, so nothing in here may wait for another process.
+    def _compute(self, encoder: Encoder, contents: Sequence[_Content], parts: Sequence[_Part], label: str) -> None:
+        # Each process computes other parts, so nothing in here may wait for another but a pass of a sharded encoder,
+        # which a process without parts takes part in, too.
         budget = encoder.tokens_per_batch if self.tokens_per_batch is None else self.tokens_per_batch
-        truncated = 0
-        with progress_bar(self.show_progress and self.rank == 0) as progress:
-            bar = progress.add_task(label, total=sum(len(rows) for rows in parts.values()))
-            for path, rows in parts.items():
-                # Sorted anew in each part, by what the part holds alone: a part has one content, whatever was there
-                # before.
-                order = _sorted_by(likeness, rows)
-                batches = DataLoader(
-                    cast(Any, Subset(cast(Any, entries), [rows[i] for i in order.tolist()])),
-                    batch_size=self.batch_size,
-                    collate_fn=partial(encoder.processor, tokens_per_batch=budget),
-                    num_workers=self.num_workers,
-                )
+        loader = DataLoader(
+            cast(Any, _Entries([content.entries for content in contents])),
+            batch_sampler=cast(Any, _Batches(parts, self.batch_size)),
+            collate_fn=partial(encoder.processor, tokens_per_batch=budget),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # of its own: training goes on as if nothing had been embedded
+        )
+        total, truncated = sum(len(part.rows) for part in parts), 0
+        show = self.show_progress and self.processes.rank == 0 and bool(parts)
+        with (
+            progress_bar(show) as progress,
+            lockstep(encoder, self.processes, partial(self._encode, encoder)) as encode,
+        ):
+            bar = progress.add_task(label, total=total)
+            batches: Iterator[EncoderInputs] = iter(loader if parts else ())
+            for part in parts:
                 vectors = []
-                for inputs in batches:
-                    vectors.append(encoder.encode_inputs(inputs))
+                for inputs in islice(batches, math.ceil(len(part.rows) / self.batch_size)):
+                    vectors.append(encode(inputs))
                     truncated += inputs.truncated
                     progress.advance(bar, len(inputs))
-                part = np.empty((len(rows), encoder.embedding_dim), self.dtype)
-                part[order] = torch.cat(vectors).numpy()
-                # Through memory: into a file on a full disk, np.save may leave out the end without an error.
-                file = io.BytesIO()
-                np.save(file, part)
-                write_atomically(path, file.getvalue())
-        log_truncated(truncated, sum(len(rows) for rows in parts.values()), encoder.processor)
+                part.write(torch.cat(vectors), self.dtype)
+        log_truncated(truncated, total, encoder.processor)
+
+    def _encode(self, encoder: Encoder, inputs: EncoderInputs) -> Tensor:
+        with self.precision():
+            vectors = encoder.encode_inputs(inputs)
+        self.heartbeat()
+        return vectors
 
 
-def _sorted_by(likeness: Sequence[Tensor], rows: range) -> np.ndarray:
-    """Places within a range of rows, in the order of some keys; of equals the first one first."""
-    if not likeness:
-        return np.arange(len(rows))
-    # lexsort takes the key that weighs most last.
-    return np.lexsort([key[rows.start : rows.stop].numpy() for key in reversed(likeness)])
+@dataclass(frozen=True)
+class _Content:
+    """What is embedded; see :meth:`VectorStore.embed`."""
+
+    entries: Sequence[Query] | Sequence[Candidate]
+    fingerprint: str
+    likeness: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of one of several contents, and where their vectors lie."""
+
+    path: Path
+    content: int
+    rows: range
+    likeness: Sequence[Tensor]
+
+    def order(self) -> np.ndarray:
+        """Places within the part in the order of the likeness, of equals the first one first.
+
+        It goes by what the part holds alone, so a part has one content, whatever was there before.
+        """
+        if not self.likeness:
+            return np.arange(len(self.rows))
+        # lexsort takes the key that weighs most last.
+        return np.lexsort([key[self.rows.start : self.rows.stop].numpy() for key in reversed(self.likeness)])
+
+    def write(self, vectors: Tensor, dtype: np.dtype[Any]) -> None:
+        """Write the vectors, which come in :meth:`order`."""
+        part = np.empty(vectors.shape, dtype)
+        part[self.order()] = vectors.numpy()
+        # Through memory: into a file on a full disk, np.save may leave out the end without an error.
+        file = io.BytesIO()
+        np.save(file, part)
+        write_atomically(self.path, file.getvalue())
+
+
+class _Batches:
+    """The batches of some parts, none of them with entries of two parts; made one by one, for parts may be many."""
+
+    def __init__(self, parts: Sequence[_Part], size: int) -> None:
+        self._parts, self._size = parts, size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for part in self._parts:
+            places = [(part.content, part.rows[i]) for i in part.order().tolist()]
+            for start in range(0, len(places), self._size):
+                yield places[start : start + self._size]
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of several contents, by the number of the content and of the row."""
+
+    contents: Sequence[Sequence[Query] | Sequence[Candidate]]
+
+    def __getitem__(self, place: tuple[int, int]) -> Entry:
+        content, row = place
+        return self.contents[content][row]
+
+
+def _parts(content: _Content, number: int, folder: Path) -> list[_Part]:
+    """The parts of a content, which depend on nothing but its entries."""
+    starts = range(0, len(content.entries), PART_SIZE)
+    rows = [range(start, min(start + PART_SIZE, len(content.entries))) for start in starts]
+    return [_Part(folder / f"part-{i:05d}.npy", number, some, content.likeness) for i, some in enumerate(rows)]
+
+
+def _share(parts: Sequence[_Part], processes: Processes) -> list[_Part]:
+    """Deal out parts, each to the process with the fewest rows so far; gives those of this process."""
+    rows, own = [0] * processes.size, []
+    for part in parts:
+        rank = rows.index(min(rows))
+        rows[rank] += len(part.rows)
+        if rank == processes.rank:
+            own.append(part)
+    return own
+
+
+def _precision() -> list[str]:
+    """What passes are computed in, where it is not what the weights say."""
+    types = [torch.get_autocast_dtype(device) for device in _AUTOCAST if torch.is_autocast_enabled(device)]
+    default = torch.get_default_dtype()
+    return [str(kind) for kind in [*types, *([default] if default is not torch.float32 else [])]]

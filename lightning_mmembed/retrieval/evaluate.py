@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
 from lightning_mmembed.retrieval.results import RUN_DEPTH, RetrievalResult, score_task
-from lightning_mmembed.retrieval.search import EXACT, Ranking, Request, SearchSettings, search_pool
+from lightning_mmembed.retrieval.search import EXACT, Ranking, SearchSettings, rows_of, search_pool
 from lightning_mmembed.retrieval.vectors import Vectors
 
 
@@ -20,15 +21,16 @@ def evaluate_vectors(
     pool: Pool,
     pool_vectors: Tensor | Vectors,
     query_sets: Sequence[QuerySet],
-    query_vectors: Sequence[Tensor],
+    query_vectors: Sequence[Tensor | Vectors],
     metrics: Sequence[str] = DEFAULT_METRICS,
     k: int = RUN_DEPTH,
     search: SearchSettings = EXACT,
+    processes: Processes = ALONE,
 ) -> RetrievalResult:
     """Rank and score all tasks over the union pool and, where they have one, their local pool.
 
     Every labelled positive counts, whether the pool holds it or not; a query without any is scored 0. The vectors of
-    the pool are read once for all tasks.
+    the pool are read once for all tasks. Each process ranks its share of the queries; all get the same result.
 
     Args:
         pool: The union pool.
@@ -38,6 +40,7 @@ def evaluate_vectors(
         metrics: Canonical metric names.
         k: Depth of the rankings; at least the depth of every metric.
         search: How to search.
+        processes: Those that share out the queries.
 
     Returns:
         The rankings and values of every task; ``search_info`` holds the measured recall of an approximate search.
@@ -52,22 +55,34 @@ def evaluate_vectors(
     for queries in query_sets:
         local = pool.local.get(queries.task.name)
         pools.append({"union": None} if local is None else {"union": None, "local": local})
-    requests = [(vectors, list(subsets.values())) for vectors, subsets in zip(query_vectors, pools, strict=True)]
-    rankings, info = _search(requests, pool_vectors, k, search)
+    subsets = [list(where.values()) for where in pools]
+    rankings, info = _search(query_vectors, subsets, pool_vectors, k, search, processes)
     results = {}
-    for queries, subsets, found in zip(query_sets, pools, rankings, strict=True):
-        results[queries.task.name] = score_task(queries, pool, dict(zip(subsets, found, strict=True)), metrics)
+    for queries, where, found in zip(query_sets, pools, rankings, strict=True):
+        results[queries.task.name] = score_task(queries, pool, dict(zip(where, found, strict=True)), metrics)
     return RetrievalResult(pool, results, search_info=info)
 
 
 def _search(
-    requests: Sequence[Request], pool: Tensor | Vectors, k: int, settings: SearchSettings
+    queries: Sequence[Tensor | Vectors],
+    subsets: Sequence[Sequence[Tensor | None]],
+    pool: Tensor | Vectors,
+    k: int,
+    settings: SearchSettings,
+    processes: Processes,
 ) -> tuple[list[list[Ranking]], dict[str, Any]]:
     if settings.backend == "ivf":
         from lightning_mmembed.retrieval.faiss_search import ivf_search
 
-        return ivf_search(requests, pool, k, settings)
-    return search_pool(requests, pool, k, settings), {}
+        found = None
+        if processes.rank == 0:  # alone: an index of the pool for each process would take that many times the memory
+            whole = [rows_of(some, slice(0, len(some))) for some in queries]
+            found = ivf_search(list(zip(whole, subsets, strict=True)), pool, k, settings)
+        return cast(tuple[list[list[Ranking]], dict[str, Any]], processes.broadcast(found))
+    shares = [rows_of(some, processes.share(len(some))) for some in queries]
+    rankings = search_pool(list(zip(shares, subsets, strict=True)), pool, k, settings)
+    gather = processes.gather
+    return [[Ranking(gather(some.scores), gather(some.rows)) for some in lists] for lists in rankings], {}
 
 
 def evaluate_retrieval(
@@ -81,10 +96,9 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Embed a pool and the queries of all tasks, rank and score; see :func:`evaluate_vectors`.
 
-    The search runs where the encoder is, unless ``search`` names a device. ``made_by`` is the fingerprint of the
-    encoder, which takes reading all its weights.
+    The processes of the store share out all of it. The search runs where the encoder is, unless ``search`` names a
+    device. ``made_by`` is the fingerprint of the encoder, which takes reading all its weights.
     """
-    pool_vectors = store.embed_pool(encoder, pool, made_by)
-    query_vectors = [store.embed_queries(encoder, queries, made_by) for queries in query_sets]
-    search = search.on(encoder.device)
-    return evaluate_vectors(pool, pool_vectors, query_sets, query_vectors, metrics, search=search)
+    pool_vectors, query_vectors = store.embed_pool(encoder, pool, made_by, query_sets)
+    search, processes = search.on(encoder.device), store.processes
+    return evaluate_vectors(pool, pool_vectors, query_sets, query_vectors, metrics, search=search, processes=processes)

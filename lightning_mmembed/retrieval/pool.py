@@ -77,6 +77,9 @@ class QuerySet:
         queries: The queries with their instructions, read when they are asked for.
         fingerprint: Changes whenever the content does.
         sizes: ``(Q,)`` int64 bytes of each query's text, for batches of like length; ``None`` if not known.
+        grades: How relevant each of the positives is, from 1; ``None`` where all are alike.
+        ignored: Encoded ``did`` of candidates that are left out of each query's rankings, such as the document that a
+            query is itself; ``None`` where there is none.
     """
 
     task: Task
@@ -85,6 +88,8 @@ class QuerySet:
     queries: Sequence[Query]
     fingerprint: str
     sizes: Tensor | None = None
+    grades: Sequence[Sequence[int]] | None = None
+    ignored: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mmembed.items import TASK_MODALITIES, Modality, Task, task_order
-from lightning_mmembed.metrics import DEFAULT_METRICS, RetrievalMean, per_query_metrics
+from lightning_mmembed.metrics import DEFAULT_METRICS, RetrievalMean, graded_ndcg, parse_metric, per_query_metrics
 from lightning_mmembed.retrieval.pool import Pool, QuerySet, padded_ids
 from lightning_mmembed.retrieval.search import Ranking
 
@@ -138,10 +138,10 @@ def score_task(
     """Score the rankings of one task.
 
     Every labelled positive counts, whether the pool holds it or not, but for the ``*_reachable`` metrics; a query
-    without any is scored 0.
+    without any is scored 0. Of graded judgements nDCG takes the grades.
 
     Args:
-        queries: The queries.
+        queries: The queries; what they ignore is taken out of the rankings.
         pool: The union pool.
         rankings: By pool, ``"union"`` or ``"local"``.
         metrics: Canonical metric names.
@@ -150,10 +150,13 @@ def score_task(
         The values of every query; the headline goes by what is ranked, so rankings must be 10 deep at least.
     """
     labels = Labels(queries, pool)
+    if queries.ignored is not None:
+        rankings = {name: leave_out(ranking, pool.rows_of(queries.ignored)) for name, ranking in rankings.items()}
     values, first_hits = {}, {}
     for name, ranking in rankings.items():
         relevant, right = judge(ranking, pool, queries.positives, queries.task.target_modality)
         values[name] = per_query_metrics(relevant, right, labels.labelled.sum(1), metrics, labels.inside(name).sum(1))
+        values[name] |= labels.graded(ranking, name, metrics)
         first_hits[name] = torch.where(relevant.any(1), relevant.int().argmax(1) + 1, 0)[:, None]
     return TaskResult(queries, rankings, values, first_hits)
 
@@ -173,11 +176,37 @@ class Labels:
         self.ids = padded_ids(positives)
         #: ``(Q, P)`` boolean: what is no padding.
         self.labelled = self.ids >= 0
+        self._grades = None if queries.grades is None else padded_ids(queries.grades).clamp(min=0)
 
     def inside(self, pool: str) -> Tensor:
         """``(Q, P)`` boolean: the positives that the union pool or, where there is one, the local pool holds."""
         found = self.labelled & (self._rows >= 0)
         return found if pool == "union" or self._local is None else found & self._local[self._rows.clamp(min=0)]
+
+    def graded(self, ranking: Ranking, pool: str, metrics: Sequence[str]) -> dict[str, Tensor]:
+        """The ``(Q,)`` values of the metrics that go by grades; none where there are no grades."""
+        if self._grades is None:
+            return {}
+        gains = torch.zeros_like(ranking.rows)
+        for rows, grades in zip(self._rows.T, self._grades.T, strict=True):
+            gains += torch.where((ranking.rows == rows[:, None]) & (ranking.rows >= 0), grades[:, None], 0)
+        ideal = {"ndcg": self._grades, "ndcg_reachable": self._grades * self.inside(pool)}
+        parsed = {name: parse_metric(name) for name in metrics}
+        return {name: graded_ndcg(gains, ideal[kind], k) for name, (kind, k) in parsed.items() if kind in ideal}
+
+
+def leave_out(ranking: Ranking, rows: Tensor) -> Ranking:
+    """A ranking without some candidates; those behind them move up, and the list ends earlier.
+
+    Args:
+        ranking: ``Q`` queries.
+        rows: ``(Q, P)`` rows of the pool, or -1.
+    """
+    gone = ((ranking.rows[:, :, None] == rows[:, None, :]) & (rows[:, None, :] >= 0)).any(2)
+    order = gone.int().argsort(dim=1, stable=True)
+    gone = gone.gather(1, order)
+    scores = ranking.scores.gather(1, order).masked_fill(gone, float("-inf"))
+    return Ranking(scores, ranking.rows.gather(1, order).masked_fill(gone, -1))
 
 
 def average_prompts(results: Sequence[RetrievalResult]) -> RetrievalResult:

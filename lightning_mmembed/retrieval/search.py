@@ -55,7 +55,8 @@ class SearchSettings:
 
     Args:
         backend: ``"torch"``; ``"faiss"``, the flat search of FAISS, on the CPU; or ``"ivf"``, approximate, see
-            :func:`~lightning_mmembed.retrieval.faiss_search.ivf_search`.
+            :func:`~lightning_mmembed.retrieval.faiss_search.ivf_search`; of several processes the first one alone then
+            searches.
         query_block: Queries that are scored at a time. Memory is needed for ``query_block * pool_block`` scores.
         pool_block: Candidates that are read and scored at a time.
         device: Where torch computes; by default where the queries are.
@@ -150,6 +151,11 @@ def search_pool(
         rankings = rank_rows(requests, shortlists, pool, k, settings.pool_block)
         _search_again(requests, unsettled, pool, k, rankings, settings)
     return rankings
+
+
+def rows_of(queries: Tensor | Vectors, rows: slice) -> Tensor:
+    """Neighbouring rows of queries in memory or on disk."""
+    return queries.read(rows.start, rows.stop) if isinstance(queries, Vectors) else queries[rows]
 
 
 def query_norms(queries: Tensor, block: int) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from worlds import Entries, ranking, read_lines, tiny_module, tiny_trainer, write_lines, write_pets
 
 from lightning_mmembed import MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
@@ -218,19 +220,29 @@ def test_a_run_killed_between_parts_goes_on_with_the_next_one(
     assert ids == pool.ids.tolist()
 
 
-def test_two_processes_share_the_parts_and_read_all_of_them(
-    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Watch(Callback):
+    """Something with a heart, as a watchdog has."""
+
+    def __init__(self) -> None:
+        self.beats: list[str] = []
+
+    def beat(self, position: str) -> None:
+        self.beats.append(position)
+
+
+def test_an_evaluation_runs_in_the_precision_of_the_trainer_and_says_that_it_goes_on(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(embed, "PART_SIZE", 10)
-    encoder, pool = tiny_module(tiny_checkpoint).encoder, Shards(tiny_shards).pool("train")
-    made_by, entries = encoder_fingerprint(encoder), [Entries(pool.items), Entries(pool.items)]
-    stores = [
-        VectorStore(tmp_path / "v", dtype="float32", rank=rank, world_size=2, show_progress=False) for rank in (0, 1)
-    ]
-    # Rank 1 runs where rank 0 waits for it: at its barrier.
-    stores[0].barrier = lambda: stores[1].embed(encoder, entries[1], pool.fingerprint, made_by, "")
-    stores[1].barrier = lambda: None
-    vectors = stores[0].embed(encoder, entries[0], pool.fingerprint, made_by, "")
-    shares = [[*range(10), *range(20, 30), *range(40, 48)], [*range(10, 20), *range(30, 40)]]
-    assert sorted([entries[0].read, entries[1].read]) == sorted(shares), "each takes every other part"
-    torch.testing.assert_close(vectors.read(0, 48), encoder.encode([c.item for c in pool.items]), atol=1e-5, rtol=0)
+    folders = []
+    for precision in ("32-true", "bf16-mixed"):
+        module, watch = tiny_module(tiny_checkpoint), Watch()
+        trainer = tiny_trainer(tmp_path, precision=precision, callbacks=[watch, evaluation(vectors_dir=tmp_path / "v")])
+        trainer.test(module, MBEIRDataModule(tiny_shards), verbose=False)
+        folders.append({path.parent for path in (tmp_path / "v").glob("*/part-*.npy")})
+        assert len(watch.beats) >= 5
+        assert set(watch.beats) == {"embedding"}
+    encoder = module.encoder
+    store = VectorStore(tmp_path / "v", dtype="float32", precision=partial(torch.autocast, "cpu", torch.bfloat16))
+    place = store.folder(Shards(tiny_shards).pool("test").fingerprint, encoder_fingerprint(encoder))
+    assert place in folders[1] - folders[0]
+    assert len(folders[1]) == 2 * len(folders[0]) == 10

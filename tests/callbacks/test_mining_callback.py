@@ -143,13 +143,18 @@ def test_mining_with_a_checkpoint_uses_its_weights_and_leaves_the_trained_ones_a
     assert rows == naive_negatives(encoder, Shards(tiny_shards))[0]
 
 
-def test_a_trainer_that_would_keep_the_old_negatives_is_refused(
+def test_a_trainer_that_keeps_its_dataloader_draws_from_the_new_negatives_too(
     tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    for when in ({"after_epochs": [1]}, {"every_n_epochs": 1}):
-        trainer = tiny_trainer(tmp_path, max_epochs=3, callbacks=[mining(**when)], reload_dataloaders_every_n_epochs=0)
-        with pytest.raises(UserInputError, match=r"reload_dataloaders_every_n_epochs=0 would keep the old negatives"):
-            trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards))
+    recorders = []
+    for every in (0, 1):
+        recorders.append(BatchRecorder())
+        callbacks = [recorders[-1], mining(after_epochs=[1], dirpath=tmp_path / str(every))]
+        arguments = {"reload_dataloaders_every_n_epochs": every, "limit_val_batches": 0}
+        trainer = tiny_trainer(tmp_path, max_epochs=3, callbacks=callbacks, **arguments)
+        trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=16))
+    assert recorders[0].negatives == recorders[1].negatives
+    assert all(drawn for _, drawn in recorders[0].negatives[1])
 
 
 def test_a_checkpoint_to_mine_with_needs_mining_before_fit(tmp_path: Path) -> None:

@@ -444,7 +444,7 @@ def test_pools_without_a_candidate_are_named(tmp_path: Path) -> None:
     source = write_pets(tmp_path / "source")
     for path in source.glob("cand_pool/*/*.jsonl"):
         path.write_text("\n")
-    with pytest.raises(UserInputError, match="cand_pool holds no candidate that can be used"):
+    with pytest.raises(UserInputError, match="source holds no candidate that can be used"):
         shard_dataset(source, tmp_path / "shards")
 
 

@@ -8,7 +8,8 @@ import torch
 from golden_tree import GOLDEN, NAMES, TREE, codes, dids_of, query_vectors_of, unit
 from torch import Tensor
 
-from lightning_mmembed.data.layout import BadRecord, MBEIRLayout
+from lightning_mmembed.data.layout import MBEIRLayout
+from lightning_mmembed.data.records import BadRecord
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.items import MBEIR_TASKS, Modality, Task, encode_id

@@ -27,7 +27,8 @@ from golden_tree import (
 from PIL import Image
 from torch import Tensor
 
-from lightning_mmembed.data.layout import BadRecord, MBEIRLayout, QueryRecord, format_text
+from lightning_mmembed.data.layout import MBEIRLayout, format_text
+from lightning_mmembed.data.records import BadRecord, QueryRecord
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.processor import decode_image

@@ -201,7 +201,7 @@ def test_mining_a_whole_pool_writes_the_expected_negatives_with_their_rank(
     rows, audit = mine_vectors(pool, vectors[order], sets, asked)
     ids = [[decode_id(int(code)) for code in rows[column]] for column in ("qid", "did")]
     assert sorted(zip(*ids, rows["kind"].tolist(), rows["rank"].tolist(), strict=True)) == sorted(expected)
-    assert KINDS == ("wrong_modality", "wrong_content")
+    assert KINDS[:2] == ("wrong_modality", "wrong_content")
     assert sum(row["queries"] for row in audit.values()) == len(cases)
     assert sum(row["with_none"] for row in audit.values()) == sum(not (case["C1"] or case["C2"]) for case in cases)
     met = sum(len(set(case["positives"]) & set(case["top"])) for case in cases)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from worlds import Entries
 
-from lightning_mmembed import Candidate, MLLMEncoder
+from lightning_mmembed import Candidate, Item, MLLMEncoder
 from lightning_mmembed.data import Shards
+from lightning_mmembed.distributed import Processes
+from lightning_mmembed.encoders.lockstep import lockstep
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.retrieval import embed
 from lightning_mmembed.retrieval.embed import VectorStore
@@ -172,28 +176,94 @@ def test_no_entries_give_a_matrix_without_rows(encoder: MLLMEncoder, tmp_path: P
     assert run(tmp_path, encoder, []).shape == (0, 32)
 
 
-def test_small_sets_are_spread_over_the_processes(encoder: MLLMEncoder, pool: Pool, tmp_path: Path) -> None:
-    read = [Entries(pool.items[:2]) for _ in range(2)]
-    stores = [VectorStore(tmp_path, rank=rank, world_size=2, show_progress=False) for rank in range(2)]
-    for number in range(16):
-        content = f"shards/test/{number}"
-        stores[0].barrier = partial(stores[1].embed, encoder, read[1], content, "weights", "")
-        assert stores[0].embed(encoder, read[0], content, "weights", "").shape == (2, 32)
-    shares = [len(entries.read) // 2 for entries in read]
-    assert sum(shares) == 16
-    assert min(shares) >= 4
+class Unheard(Processes):
+    """A process that does not wait for the others."""
+
+    def barrier(self) -> None:
+        pass
 
 
-@pytest.mark.parametrize("number", range(12))  # with some of them the first process has nothing to compute
-def test_the_first_process_alone_writes_what_a_folder_was_made_of(
-    encoder: MLLMEncoder, pool: Pool, tmp_path: Path, number: int
+def test_two_processes_share_the_parts_and_the_first_alone_says_what_they_are_made_of(
+    encoder: MLLMEncoder, pool: Pool, tmp_path: Path
 ) -> None:
-    first, second = (VectorStore(tmp_path, rank=rank, world_size=2, show_progress=False) for rank in range(2))
-    arguments = (encoder, pool.items[:2], f"shards/test/{number}", "weights", "")
-    written = []
-    second.barrier = lambda: written.append(len(list(tmp_path.glob("*/made_of.json"))))
-    for rank in (second, first):
-        with contextlib.suppress(UserInputError):  # the part of the other is not there yet
-            rank.embed(*arguments)
-    second.embed(*arguments)
-    assert written == [0, 1]
+    read = [Entries(pool.items), Entries(pool.items)]
+    first, second = (VectorStore(tmp_path, processes=Unheard(rank, 2), show_progress=False) for rank in range(2))
+    with pytest.raises(UserInputError, match=r"part-00000.npy holds no vectors"):
+        second.embed(encoder, read[1], "pets", "weights", "")
+    assert not list(tmp_path.glob("*/made_of.json"))
+    vectors = first.embed(encoder, read[0], "pets", "weights", "")
+    assert len(list(tmp_path.glob("*/made_of.json"))) == 1
+    assert [entries.read for entries in read] == [[*range(PART), *range(2 * PART, 48)], list(range(PART, 2 * PART))]
+    assert vectors.shape == (48, 32)
+
+
+def test_a_pool_and_its_queries_are_embedded_with_one_bar_and_as_each_by_itself(
+    encoder: MLLMEncoder, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, bars = Shards(tiny_shards), []
+    pool, sets = shards.pool("test"), shards.query_sets("test")
+    add_task = Progress.add_task
+    monkeypatch.setattr(
+        Progress, "add_task", lambda *a, **kw: (bars.append((a[1], kw["total"])), add_task(*a, **kw))[1]
+    )
+    together, apart = (VectorStore(tmp_path / name, BATCH, dtype="float32") for name in ("together", "apart"))
+    vectors, asked = together.embed_pool(encoder, pool, "weights", sets)
+    assert bars == [("embedding the test pool and its queries", len(pool) + 24)]
+    assert [len(some) for some in asked] == [len(queries) for queries in sets]
+    apart.embed_pool(encoder, pool, "weights")
+    for queries in sets:
+        apart.embed(encoder, queries.queries, queries.fingerprint, "weights", "", queries.likeness)
+    assert content(tmp_path / "together") == content(tmp_path / "apart")
+    assert len(vectors) == len(pool)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_no_part_and_random_numbers_are_left_as_they_are(
+    encoder: MLLMEncoder, pool: Pool, likeness: tuple[torch.Tensor, ...], tmp_path: Path, workers: int
+) -> None:
+    run(tmp_path / "expected", encoder, pool.items, likeness)
+    before = torch.get_rng_state()
+    store = VectorStore(tmp_path / "found", BATCH, workers, dtype="float32", show_progress=False)
+    store.embed(encoder, pool.items, "pets", "weights", "", likeness)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert content(tmp_path / "found") == content(tmp_path / "expected")
+
+
+def test_every_pass_is_followed_by_a_heartbeat(encoder: MLLMEncoder, pool: Pool, tmp_path: Path) -> None:
+    passes: list[int] = []
+    beats: list[int] = []
+    hook = encoder.register_forward_hook(lambda _, args, vectors: passes.append(len(args[0].buckets)))
+    store = VectorStore(tmp_path, tokens_per_batch=60, show_progress=False, heartbeat=lambda: beats.append(len(passes)))
+    store.embed(encoder, pool.items, "pets", "weights", "")
+    hook.remove()
+    assert set(passes) == {1}
+    assert beats == list(range(1, len(passes) + 1))
+    assert len(passes) > 3
+
+
+def test_vectors_made_in_autocast_are_others_and_lie_apart(encoder: MLLMEncoder, pool: Pool, tmp_path: Path) -> None:
+    mixed = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    plain, half = (
+        VectorStore(tmp_path, dtype="float32", show_progress=False, precision=p) for p in (nullcontext, mixed)
+    )
+    vectors = [store.embed(encoder, pool.items, "pets", "weights", "").read(0, 48) for store in (plain, half)]
+    assert plain.folder("pets", "weights") != half.folder("pets", "weights")
+    with mixed():
+        assert plain.folder("pets", "weights") == half.folder("pets", "weights")
+        expected = encoder.encode([candidate.item for candidate in pool.items])
+    torch.testing.assert_close(vectors[1], expected, atol=0.02, rtol=0)
+    assert not torch.allclose(vectors[0], vectors[1], atol=1e-4)
+    assert vectors[1].norm(dim=1).sub(1).abs().max() < 1e-5
+
+
+class Alone(Processes):
+    """A process that talks to nobody."""
+
+    def largest(self, value: int) -> int:
+        raise AssertionError("it waits for another process")
+
+
+def test_processes_with_whole_weights_do_not_meet_before_a_pass(encoder: MLLMEncoder) -> None:
+    inputs = encoder.processor([Candidate(Item("a pet")), Candidate(Item("a red ellipse"))])
+    with lockstep(encoder, Alone(0, 2), encoder.encode_inputs) as encode:
+        assert torch.equal(encode(inputs), encoder.encode_inputs(inputs))
