@@ -25,7 +25,7 @@ PIP_FLAGS ?= $(shell test -t 2 || echo --quiet)
 TORCH_FLAGS := $(if $(TORCH_INDEX),$(shell command -v nvidia-smi >/dev/null || echo --extra-index-url $(TORCH_INDEX)))
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup demo test test-slow test-lowest lint format bench lock clean
+.PHONY: help setup demo test test-slow test-lowest lint format bench results lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ format: setup ## Rewrite the code in the house style
 
 bench: setup ## Measure the training throughput against a bare loop
 	$(PY) -m benchmarks.throughput $(ARGS)
+
+results: setup ## Run what docs/results.md shows of the stages, three seeds (hours; goes on where it was killed)
+	$(PY) -m benchmarks.evidence $(ARGS)
 
 # One lock for Python 3.10 to 3.13 on every platform, used as constraints. What torch brings for a GPU is left out:
 # each build of torch names its own.

@@ -11,18 +11,23 @@ import logging
 import platform
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.failures import causes, run_failure
+
+if TYPE_CHECKING:
+    from lightning_mmembed.rerank.pipeline import Reranked
+    from lightning_mmembed.retrieval.results import RetrievalResult
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +44,23 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The logged metrics, and the objects by name: datamodule, module, callbacks, trainer.
     """
-    from lightning_mmembed.checkpoints import read_encoder_weights
+    from lightning_mmembed.checkpoints import load_encoder_weights, read_encoder_weights
 
     objects = build(cfg)
     trainer, module, datamodule = objects["trainer"], objects["module"], objects["datamodule"]
     resumed = _last_checkpoint(cfg) if cfg.ckpt_path == "last" else cfg.ckpt_path
     if resumed is not None and not Path(resumed).is_dir():
         read_encoder_weights(module.encoder, resumed)  # the Trainer's own errors name neither key nor remedy
+    if cfg.weights is not None and resumed is None:
+        load_encoder_weights(module.encoder, cfg.weights)
     metrics: dict[str, float] = {}
     if cfg.train:
         trainer.fit(module, datamodule, ckpt_path=resumed)
         metrics |= _floats(trainer.callback_metrics)
+    best = trainer.checkpoint_callback.best_model_path if cfg.train and trainer.checkpoint_callback else None
+    if cfg.save_encoder and trainer.is_global_zero:
+        _save_encoder(cfg, module.encoder, best or None)
     if cfg.test:
-        best = trainer.checkpoint_callback.best_model_path if cfg.train and trainer.checkpoint_callback else None
         ckpt_path = best or (None if cfg.train else resumed)
         trainer.test(module, datamodule, ckpt_path=ckpt_path, verbose=False)
         metrics |= _floats(trainer.callback_metrics)
@@ -69,6 +78,18 @@ def _last_checkpoint(cfg: DictConfig) -> Path | None:
     return path if path.exists() else None
 
 
+def _save_encoder(cfg: DictConfig, encoder: Any, best: str | None) -> None:
+    """Write the best encoder of a run, or the one that it has where it trains none, to be started from."""
+    from lightning_mmembed.checkpoints import load_encoder_weights
+    from lightning_mmembed.files import building_directory
+
+    if best is not None:  # built anew: the one that was trained may be shared out among processes
+        encoder = hydra.utils.instantiate(cfg.model.encoder, _convert_="all")
+        load_encoder_weights(encoder, best)
+    with building_directory(Path(cfg.paths.output_dir) / "encoder") as directory:
+        encoder.save_pretrained(directory)
+
+
 def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     """Evaluate a checkpoint, the untrained model, or the TREC runs of any system.
 
@@ -81,7 +102,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 
     Raises:
         UserInputError: If ``split`` is neither ``test`` nor ``val``, the checkpoint or a run does not fit, or both are
-            given.
+            given, or what was ranked cannot be reranked as asked.
     """
     from lightning_mmembed.checkpoints import load_encoder_weights
 
@@ -93,16 +114,61 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
                 f"run={str(cfg.run)!r} is scored without a model, so ckpt_path={str(cfg.ckpt_path)!r} would not be "
                 "used; give one of the two"
             )
+        if cfg.get("rerank") is not None:
+            raise UserInputError(f"run={str(cfg.run)!r} is reranked by mmembed-rerank run=...; leave rerank out")
         return _evaluate_run(cfg)
+    if cfg.get("rerank") is not None:
+        _check_reranking(cfg)
     objects = build(cfg)
     if cfg.ckpt_path is not None:
         load_encoder_weights(objects["module"].encoder, cfg.ckpt_path)
     trainer = objects["trainer"]
-    run = trainer.test if cfg.split == "test" else trainer.validate
-    run(objects["module"], objects["datamodule"], verbose=False)
+    # The tasks that are reranked may be chosen by the validation split.
+    chosen_by = _ranked(objects, "val") if cfg.get("rerank") is not None and cfg.reranking.tasks == "auto" else None
+    ranked = _ranked(objects, cfg.split)
+    metrics = _floats(trainer.callback_metrics)
+    if cfg.get("rerank") is not None:
+        objects["reranked"] = _rerank(cfg, objects, ranked, chosen_by)
     if trainer.is_global_zero:
         print(f"run directory: {cfg.paths.output_dir}")
-    return _floats(trainer.callback_metrics), objects
+    return metrics, objects
+
+
+def _check_reranking(cfg: DictConfig) -> None:
+    from lightning_mmembed.cli_rerank import check_settings
+
+    check_settings(cfg.reranking, cfg.split)
+    if not cfg.callbacks or "evaluation" not in cfg.callbacks:
+        raise UserInputError("rerank=... reranks what the evaluation ranked; leave callbacks=evaluate as it is")
+    if cfg.callbacks.evaluation.instruction == "all":
+        raise UserInputError(
+            "callbacks.evaluation.instruction='all' cannot be reranked; write a single prompt, such as 0, or random"
+        )
+
+
+def _ranked(objects: dict[str, Any], split: str) -> RetrievalResult | None:
+    """Evaluate a split; what was ranked, if a callback has ranked it."""
+    from lightning_mmembed.callbacks import RetrievalEvaluation
+
+    trainer = objects["trainer"]
+    run = trainer.test if split == "test" else trainer.validate
+    run(objects["module"], objects["datamodule"], verbose=False)
+    evaluation = next((c for c in objects["callbacks"] if isinstance(c, RetrievalEvaluation)), None)
+    return None if evaluation is None else evaluation.result
+
+
+def _rerank(
+    cfg: DictConfig, objects: dict[str, Any], ranked: RetrievalResult | None, chosen_by: RetrievalResult | None
+) -> Reranked:
+    from lightning_mmembed.callbacks.access import output_directory, processes_of
+    from lightning_mmembed.cli_rerank import load_reranker, rerank_evaluation
+
+    trainer, shards = objects["trainer"], objects["datamodule"].shards
+    assert ranked is not None
+    directory = output_directory(trainer, cfg.paths.output_dir) / "reranked"
+    reranker = load_reranker(cfg.rerank, trainer.strategy.root_device)
+    processes = processes_of(trainer)
+    return rerank_evaluation(cfg.reranking, reranker, ranked, chosen_by, directory, shards.fingerprint, processes)
 
 
 def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -117,7 +183,7 @@ def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     callbacks = _instantiate_all(cfg.callbacks)
     evaluation = next((c for c in callbacks if isinstance(c, RetrievalEvaluation)), None) or RetrievalEvaluation()
     apply_extras(cfg)
-    _record(cfg)
+    record_config(cfg)
     datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     shards, directory = datamodule.shards, Path(cfg.paths.output_dir)
@@ -142,7 +208,7 @@ def build(cfg: DictConfig) -> dict[str, Any]:
 
     apply_extras(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    rank_zero_only(_record)(cfg)  # other processes, started by torchrun or SLURM, may have another run directory
+    rank_zero_only(record_config)(cfg)  # other processes, started by torchrun or SLURM, may have another run directory
     datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()  # the tiny checkpoint's tokenizer learns from the shards
     module = hydra.utils.instantiate(cfg.model, _convert_="all")
@@ -166,7 +232,7 @@ def apply_extras(cfg: DictConfig) -> None:
         print(OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def _record(cfg: DictConfig) -> None:
+def record_config(cfg: DictConfig) -> None:
     """Write what a run needs to be repeated: the resolved configuration, versions and seed."""
     from lightning_mmembed.files import write_atomically
 
@@ -223,8 +289,28 @@ def train_main(cfg: DictConfig) -> float | None:
     return score
 
 
+def run_recipe(cfg: DictConfig, given: Sequence[str]) -> None:
+    """Run the stages of a recipe, each a process of its own, and print a table of what they reached.
+
+    Args:
+        cfg: A configuration composed from ``conf/train.yaml`` with ``stages``.
+        given: The overrides that it was composed with.
+    """
+    from rich.console import Console
+
+    from lightning_mmembed.stages import results_table, run_stages, stages_of
+
+    stages = stages_of(cfg, cfg.paths.output_dir, given)
+    run_stages(stages)
+    Console().print(results_table(stages))
+    print(f"run directory: {cfg.paths.output_dir}")
+
+
 def _optimized(cfg: DictConfig) -> float | None:
     """Train, and return the metric that a sweep optimises."""
+    if cfg.stages:
+        run_recipe(cfg, HydraConfig.get().overrides.task)
+        return None
     metrics, _ = train(cfg)
     name = cfg.optimized_metric
     if name is not None and name not in metrics:
@@ -236,81 +322,3 @@ def _optimized(cfg: DictConfig) -> float | None:
 def evaluate_main(cfg: DictConfig) -> None:
     """``mmembed-evaluate``: see ``conf/evaluate.yaml``."""
     run_command(evaluate, cfg)
-
-
-def shard_main() -> None:
-    """``mmembed-shard``: see ``conf/shard.yaml``; ``mmembed-shard verify``: see ``conf/verify.yaml``."""
-    if sys.argv[1:2] == ["verify"]:
-        del sys.argv[1]  # Hydra takes every word for an override
-        _verify_main()
-    else:
-        _convert_main()
-
-
-@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="shard")
-def _convert_main(cfg: DictConfig) -> None:
-    run_command(shard, cfg)
-
-
-@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="verify")
-def _verify_main(cfg: DictConfig) -> None:
-    run_command(verify, cfg)
-
-
-def shard(cfg: DictConfig) -> Path:
-    """Turn a dataset in M-BEIR's or BEIR's layout, or a file of queries and positives, into shards.
-
-    Args:
-        cfg: A configuration composed from ``conf/shard.yaml``.
-
-    Returns:
-        The folder of the shards.
-
-    Raises:
-        UserInputError: If the source cannot be used, or has not the published counts that it is to have.
-    """
-    from lightning_mmembed.data.jobs import usable_cores
-    from lightning_mmembed.data.layout import MBEIRLayout
-    from lightning_mmembed.data.manifest import read_manifest, summary
-    from lightning_mmembed.data.places import Place
-    from lightning_mmembed.data.published_counts import check_source_counts, count_source_lines
-    from lightning_mmembed.data.shard import shard_dataset
-    from lightning_mmembed.data.sources import TEXT_SETTINGS, open_layout
-
-    source, out = cfg.source, cfg.out  # both are read first: one that is not given is told before any work
-    if cfg.published_counts:
-        check_source_counts(count_source_lines(MBEIRLayout(source)))
-    settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(TEXT_SETTINGS)), resolve=True)
-    layout = open_layout(source, cfg.layout, **cast(dict[str, Any], settings))
-    directory = shard_dataset(
-        layout,
-        out,
-        archive=cfg.archive,
-        max_bad_fraction=cfg.max_bad_fraction,
-        samples_per_shard=cfg.samples_per_shard,
-        num_workers=usable_cores() if cfg.num_workers is None else cfg.num_workers,
-    )
-    print(f"{summary(read_manifest(Place(directory)))}\nshards: {directory}")
-    return directory
-
-
-def verify(cfg: DictConfig) -> None:
-    """Check shards, and print what was counted.
-
-    Args:
-        cfg: A configuration composed from ``conf/verify.yaml``.
-
-    Raises:
-        UserInputError: If the shards are not sound; it names every finding.
-    """
-    from rich.console import Console
-
-    from lightning_mmembed.data.verify import counts_table, verify_shards
-
-    if cfg.published not in (True, False, None):
-        raise UserInputError(f"published={cfg.published!r} is unknown; write true, false or null")
-    verification = verify_shards(cfg.out, cfg.published)
-    Console().print(counts_table(verification.counts))
-    if verification.findings:
-        raise UserInputError(verification.report(cfg.out))
-    print(f"the shards in {cfg.out} are sound")

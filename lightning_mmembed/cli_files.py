@@ -55,30 +55,46 @@ def embed(cfg: DictConfig) -> Path:
         UserInputError: If the source, the model, the checkpoint, the instruction or the place for the vectors cannot be
             used.
     """
-    from lightning_mmembed.distributed import Processes
-    from lightning_mmembed.retrieval.embed import VectorStore
-
     if (cfg.source is None) != (cfg.out is None):
         raise UserInputError(f"source={cfg.source!r} and out={cfg.out!r} belong together; give both or neither")
     if cfg.instruction != "random" and not isinstance(cfg.instruction, int):
         raise UserInputError(f"instruction={cfg.instruction!r} is no single prompt; write a place from 0, or random")
     place = ("vectors.directory", cfg.vectors.directory) if cfg.out is None else ("out", cfg.out)
-    _check_place(*place, is_folder=True)
+    check_place(*place, is_folder=True)
     apply_extras(cfg)
+    fabric, store = start(cfg, place[1])
+    report = _embed_split(cfg, store, fabric.device) if cfg.source is None else _embed_files(cfg, store, fabric.device)
+    if fabric.is_global_zero:
+        print(f"{report}\nvectors: {store.directory}")
+    return store.directory
+
+
+def start(cfg: DictConfig, directory: str) -> tuple[Any, VectorStore]:
+    """Start the processes, seed them, and open a store that they share.
+
+    Args:
+        cfg: A configuration with ``fabric``, ``seed`` and ``vectors``.
+        directory: Where the vectors lie; that of the first process counts.
+
+    Returns:
+        The Fabric and the store.
+
+    Raises:
+        UserInputError: If a setting of the store cannot be used.
+    """
+    from lightning_mmembed.distributed import Processes
+    from lightning_mmembed.retrieval.embed import VectorStore
+
     fabric = hydra.utils.instantiate(cfg.fabric, _convert_="all")
     fabric.launch()
     fabric.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = OmegaConf.to_container(cfg.vectors, resolve=True)
     processes = Processes(fabric.global_rank, fabric.world_size, fabric.device)
-    settings |= {"directory": processes.broadcast(place[1])}  # others may have made up one, such as by the time
+    settings |= {"directory": processes.broadcast(directory)}  # others may have made up one, such as by the time
     try:
-        store = VectorStore(**settings, processes=processes, precision=fabric.autocast)
+        return fabric, VectorStore(**settings, processes=processes, precision=fabric.autocast)
     except ValueError as error:
         raise UserInputError(f"vectors: {error}") from error
-    report = _embed_split(cfg, store, fabric.device) if cfg.source is None else _embed_files(cfg, store, fabric.device)
-    if fabric.is_global_zero:
-        print(f"{report}\nvectors: {store.directory}")
-    return store.directory
 
 
 def _embed_split(cfg: DictConfig, store: VectorStore, device: Any) -> str:
@@ -89,7 +105,7 @@ def _embed_split(cfg: DictConfig, store: VectorStore, device: Any) -> str:
     # Before the model: a prompt or a split that is not there is told before the work.
     pool = datamodule.shards.pool(cfg.split)
     query_sets = datamodule.shards.query_sets(cfg.split, cfg.instruction, cfg.instruction_seed)
-    encoder = _encoder(cfg.model.encoder, cfg.ckpt_path).to(device)
+    encoder = load_encoder(cfg.model.encoder, cfg.ckpt_path).to(device)
     made_by = encoder_fingerprint(encoder)
     vectors, _ = store.embed_pool(encoder, pool, made_by, query_sets)
     return f"{len(vectors):,} candidates, {vectors.dim} dimensions, {vectors.dtype}"
@@ -101,7 +117,7 @@ def _embed_files(cfg: DictConfig, store: VectorStore, device: Any) -> str:
 
     items = checked_source(cfg.source, store.directory, cfg.max_bad_fraction)
     try:
-        encoder = _encoder(cfg.model.encoder, cfg.ckpt_path).to(device)
+        encoder = load_encoder(cfg.model.encoder, cfg.ckpt_path).to(device)
     except Exception as error:
         if cfg.model.encoder._target_ in _LOADERS or user_error(error) is None:
             raise
@@ -124,7 +140,8 @@ def _embed_files(cfg: DictConfig, store: VectorStore, device: Any) -> str:
     return f"{len(vectors):,} items, {vectors.dim} dimensions, {vectors.dtype}"
 
 
-def _encoder(node: DictConfig, ckpt_path: str | None) -> Encoder:
+def load_encoder(node: DictConfig, ckpt_path: str | None) -> Encoder:
+    """The configured encoder with the weights of a checkpoint, if there is one, for inference."""
     return _with_weights(hydra.utils.instantiate(node, _convert_="all"), ckpt_path)
 
 
@@ -145,7 +162,7 @@ def _plain_model(node: DictConfig) -> dict[str, Any] | None:
     return arguments | {key: str(Path(name).resolve()) for key, name in named.items() if Path(name).is_dir()}
 
 
-def _check_place(name: str, value: object, is_folder: bool) -> None:
+def check_place(name: str, value: object, is_folder: bool) -> None:
     """Refuse a place that cannot be written: a folder for a file, or a file for a folder or above the place."""
     path = Path(str(value)).absolute()
     if not is_folder and path.is_dir():
@@ -194,7 +211,7 @@ def search(cfg: DictConfig) -> list[GalleryQuery]:
         raise UserInputError(f"top_k={cfg.top_k!r} is no number of results; write 1 or more")
     for name in ("out", "page"):
         if cfg[name] is not None:
-            _check_place(name, cfg[name], is_folder=False)
+            check_place(name, cfg[name], is_folder=False)
     apply_extras(cfg)
     device, index, made = _device(cfg.device), Path(cfg.index), read_index(cfg.index)
     items, queries = known_items(index), _queries(cfg)
@@ -243,7 +260,9 @@ def _index_encoder(cfg: DictConfig, made: dict[str, Any]) -> Encoder:
     from lightning_mmembed.retrieval.embed import encoder_fingerprint
 
     torch.manual_seed(made["seed"])  # weights that no checkpoint holds are drawn as they were
-    encoder = _encoder(cfg.model.encoder, cfg.ckpt_path) if cfg.get("model") is not None else _named_encoder(cfg, made)
+    encoder = (
+        load_encoder(cfg.model.encoder, cfg.ckpt_path) if cfg.get("model") is not None else _named_encoder(cfg, made)
+    )
     if encoder_fingerprint(encoder) != made["encoder"]:
         raise UserInputError(
             f"index={cfg.index!r} was made by another encoder, with model={made['model']} and "

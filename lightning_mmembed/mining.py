@@ -11,7 +11,7 @@ Rules that do not look at modalities find a third kind, ``any_modality``. A labe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +200,20 @@ def mining_audit(counts: dict[str, int], columns: dict[str, np.ndarray]) -> dict
                 "scores": np.histogram(score.clip(-1, 1), SCORE_BOUNDS)[0].tolist(),
             }
     return audit
+
+
+def total_counts(audit: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """The counts of all tasks together.
+
+    Args:
+        audit: By task what :func:`mining_audit` gives; tasks may lack counts that others have.
+
+    Example:
+        >>> total_counts({"a_task0": {"queries": 2, "kinds": {}}, "b_task1": {"queries": 3, "with_none": 1}})
+        {'queries': 5, 'with_none': 1}
+    """
+    names = dict.fromkeys(name for task in audit.values() for name, value in task.items() if isinstance(value, int))
+    return {name: sum(task.get(name, 0) for task in audit.values()) for name in names}
 
 
 def labelled(dids: np.ndarray, positives: np.ndarray) -> np.ndarray:

@@ -247,6 +247,12 @@ class RetrievalModule(LightningModule):
             further["query_mask"] = labelled_query_mask(processes.gather(positives), positive_ids, index)
         if "listed" in asked:
             further["listed"] = torch.where(batch.listed < 0, -1, batch.listed + first_candidate)
+        if "teacher_scores" in asked and (batch.teacher_scores is not None or not self.training):
+            # A validation batch has no teacher: its queries add nothing.
+            scores = batch.teacher_scores
+            scores = torch.full_like(further["listed"], torch.nan, dtype=torch.float) if scores is None else scores
+            further["listed"] = further["listed"].masked_fill(scores.isnan(), -1)
+            further["teacher_scores"] = scores.nan_to_num()
         return further
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

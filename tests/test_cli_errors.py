@@ -16,7 +16,7 @@ from lightning_mmembed import MBEIRDataModule
 
 pytestmark = pytest.mark.slow  # each command takes seconds to import torch, transformers and Lightning
 
-MAIN = "import sys; from lightning_mmembed import cli; getattr(cli, sys.argv.pop(1))()"
+MAIN = "import sys; from lightning_mmembed import cli, cli_shard; {**vars(cli), **vars(cli_shard)}[sys.argv.pop(1)]()"
 
 
 class Malicious:

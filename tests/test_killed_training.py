@@ -31,6 +31,7 @@ from lightning_mmembed import HardNegativeMining, MBEIRDataModule
 from lightning_mmembed.callbacks import PreemptionCheckpoint
 from lightning_mmembed.callbacks.preemption import TRY_AGAIN
 from lightning_mmembed.files import replacing
+from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.sharded_checkpoints import finish_replacing, whole
 from lightning_mmembed.strategies import FSDP2Strategy
 
@@ -70,7 +71,7 @@ class Work:
         data = MBEIRDataModule(self.shards, batch_size=self.queries // self.size, num_workers=self.workers)
         saving = {"dirpath": folder / "checkpoints", "enable_version_counter": False, "save_last": True}
         callbacks: list[Callback] = [
-            HardNegativeMining(after_epochs=[1], k=20, k_prime=6, batch_size=16),
+            HardNegativeMining(after_epochs=[1], rule=MiningRule(k=20, k_prime=6), batch_size=16),
             ModelCheckpoint(filename="best", monitor="val/loss", **saving),
             ModelCheckpoint(every_n_train_steps=1, save_top_k=0, **saving),
             PreemptionCheckpoint(),

@@ -19,6 +19,7 @@ from worlds import tiny_module, tiny_trainer
 
 from lightning_mmembed import HardNegativeMining, MBEIRDataModule, RetrievalEvaluation
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.mining_rule import MiningRule
 
 BATCHES = 3  # of an epoch
 
@@ -104,7 +105,8 @@ class World:
         module = tiny_module(self.checkpoint, **settings)
         module.scheduler = partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step))
         recorder = Recorder()
-        others = [HardNegativeMining(after_epochs=[1], k=20, k_prime=6, dirpath=self.folder)] if mined else []
+        rule = MiningRule(k=20, k_prime=6)
+        others = [HardNegativeMining(after_epochs=[1], rule=rule, dirpath=self.folder)] if mined else []
         found = tiny_trainer(self.folder, **{"max_epochs": 2, **trainer}, callbacks=[*callbacks, *others, recorder])
         found.fit(module, MBEIRDataModule(self.shards, **{"batch_size": 16, **(data or {})}), ckpt_path=ckpt_path)
         return {name: value.clone() for name, value in module.state_dict().items()}, recorder, found

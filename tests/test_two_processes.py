@@ -61,7 +61,7 @@ def test_two_processes_write_the_vectors_that_one_writes_and_an_evaluation_takes
 
 def test_two_processes_mine_every_query_and_report_what_one_process_reports(tiny_shards: Path, tmp_path: Path) -> None:
     pets = overrides(tiny_shards, tmp_path)
-    mining = [f"callbacks.mining.{key}" for key in ("after_epochs=[1]", "k=12", "k_prime=6")]
+    mining = ["callbacks.mining.after_epochs=[1]", "mining.k=12", "mining.k_prime=6"]
     two, one = tmp_path / "two", tmp_path / "one"
     run("mmembed-train", two, *pets, "trainer=ddp_sim", "trainer.max_epochs=2", *mining)
     run("mmembed-evaluate", one, *pets, f"ckpt_path={two}/checkpoints/best.ckpt")

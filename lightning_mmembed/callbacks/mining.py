@@ -1,4 +1,4 @@
-"""(Re-)mines modality-aware hard negatives and hands them to the datamodule."""
+"""(Re-)mines hard negatives and hands them to the datamodule."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_mmembed.callbacks.access import datamodule_of, output_directory, processes_of, vector_store
 from lightning_mmembed.checkpoints import borrowed_weights
 from lightning_mmembed.data.layout import TRAIN_POOL
-from lightning_mmembed.data.negatives import MinedNegatives, write_negatives
+from lightning_mmembed.data.negatives import audit_of, write_negatives
 from lightning_mmembed.encoders.base import Encoder, encoder_of
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.mining import PAPER, total_counts
+from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
-from lightning_mmembed.retrieval.mine import mine_negatives
+from lightning_mmembed.retrieval.mine import mine_negatives, mining_facts
 
 log = logging.getLogger(__name__)
 
 
 class HardNegativeMining(Callback):
-    """Mines by the rule of MM-Embed, before fit or between epochs.
+    """Mines before fit or between epochs, by the rule of MM-Embed or another.
 
     A version is one Parquet file ``negatives-{version}.parquet``, from which the datamodule draws in the next epoch.
     What is to be mined follows from the number of epochs that are done and the versions that a checkpoint knows, so a
@@ -35,8 +37,9 @@ class HardNegativeMining(Callback):
         every_n_epochs: Mine after every n-th epoch, too.
         ckpt_path: Mine before fit with the weights of this checkpoint (the random stage's, as the paper does) in place
             of those that are trained.
-        k: Depth of the rankings that are mined.
-        k_prime: Rank below which candidates of the wanted modality count as negatives.
+        rule: Which candidates are negatives; by default the rule of MM-Embed. One that needs another model is for
+            ``mmembed-mine``.
+        pool: Name of the pool that is ranked: ``train``, ``val``, ``test`` or a local one such as ``mscoco_task0/val``.
         batch_size: Items per pass of the encoder.
         num_workers: Processes that read and prepare items.
         dtype: Precision of the stored vectors, ``"float16"`` or ``"float32"``.
@@ -49,8 +52,8 @@ class HardNegativeMining(Callback):
         after_epochs: list[int] | None = None,
         every_n_epochs: int | None = None,
         ckpt_path: str | Path | None = None,
-        k: int = 50,
-        k_prime: int = 45,
+        rule: MiningRule = PAPER,
+        pool: str = TRAIN_POOL,
         batch_size: int = 256,
         num_workers: int = 0,
         dtype: str = "float16",
@@ -58,8 +61,13 @@ class HardNegativeMining(Callback):
     ) -> None:
         if ckpt_path is not None and not before_fit:
             raise UserInputError(f"ckpt_path={str(ckpt_path)!r} is only mined with before fit; set before_fit=True")
+        if rule.needs_check_scores:
+            raise UserInputError(
+                f"check_margin={rule.check_margin} needs the scores of a second model, which training has not: mine "
+                "with mmembed-mine mining=cross_check check=..., then train with data.negatives=..."
+            )
         self.before_fit, self.after_epochs, self.every_n_epochs = before_fit, list(after_epochs or ()), every_n_epochs
-        self.ckpt_path, self.k, self.k_prime, self.dirpath = ckpt_path, k, k_prime, dirpath
+        self.ckpt_path, self.rule, self.pool, self.dirpath = ckpt_path, rule, pool, dirpath
         self._store = {"batch_size": batch_size, "num_workers": num_workers, "dtype": dtype}
         #: One entry for each version: epochs done, step, path and audit.
         self.versions: list[dict[str, Any]] = []
@@ -101,28 +109,18 @@ class HardNegativeMining(Callback):
 
     def _mine(self, trainer: Trainer, encoder: Encoder, done: int) -> None:
         datamodule, processes = datamodule_of(trainer), processes_of(trainer)
-        pool, queries = datamodule.shards.pool(TRAIN_POOL), datamodule.shards.query_sets("train")
+        pool, queries = datamodule.shards.pool(self.pool), datamodule.shards.query_sets("train")
         path = output_directory(trainer, self.dirpath) / f"negatives-{len(self.versions) + 1}.parquet"
         made_by = encoder_fingerprint(encoder)
-        made_of = {"encoder": made_by, "pool": pool.fingerprint, "k": self.k, "k_prime": self.k_prime}
-        made_of["dtype"] = self._store["dtype"]
-        audit = processes.broadcast(_audit_of(path, made_of) if trainer.is_global_zero else None)
+        store = vector_store(trainer, self.dirpath, **self._store)
+        facts = mining_facts(store, pool, queries, made_by, self.rule)
+        audit = processes.broadcast(audit_of(path, facts) if trainer.is_global_zero else None)
         if audit is None:
-            store = vector_store(trainer, self.dirpath, **self._store)
             store.prune(made_by)
-            columns, audit = mine_negatives(encoder, pool, queries, store, made_by, self.k, self.k_prime)
+            columns, audit = mine_negatives(encoder, pool, queries, store, made_by, self.rule)
             if trainer.is_global_zero:
-                write_negatives(path, columns, made_of, audit)
-                totals = {name: sum(task[name] for task in audit.values()) for name in next(iter(audit.values()))}
-                log.info("mined %s into %s", totals, path)
+                write_negatives(path, columns, facts, audit)
+                log.info("mined %s into %s", total_counts(audit), path)
             processes.barrier()
         self.versions.append({"epochs": done, "step": trainer.global_step, "path": str(path), "audit": audit})
         datamodule.use_negatives(path)
-
-
-def _audit_of(path: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
-    """What was counted when a file was mined with the same weights from the same pool; None if there is none."""
-    if not path.is_file():
-        return None
-    found = MinedNegatives(path)
-    return found.audit if found.made_of == made_of else None

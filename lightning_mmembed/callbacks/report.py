@@ -8,11 +8,14 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_mmembed.callbacks.access import output_directory
+from lightning_mmembed.callbacks.access import datamodule_of, output_directory
 from lightning_mmembed.callbacks.evaluation import RetrievalEvaluation
 from lightning_mmembed.callbacks.mining import HardNegativeMining
+from lightning_mmembed.data.negatives import read_columns
 from lightning_mmembed.items import MBEIR_TASKS
 from lightning_mmembed.retrieval.compare import ComparedRun
+from lightning_mmembed.retrieval.mined_examples import mined_examples
+from lightning_mmembed.retrieval.mining_views import Mined, MinedQuery
 from lightning_mmembed.retrieval.published import PUBLISHED
 from lightning_mmembed.retrieval.report import Stage, write_report
 from lightning_mmembed.retrieval.results import RetrievalResult
@@ -93,6 +96,7 @@ class RunReport(Callback):
             evaluation.result,
             history=self._rows(during_fit, minings),
             stages=_stages(during_fit, [version["step"] for version in minings]),
+            minings=_mined(mining, trainer) if mining else (),
         )
 
     def write(
@@ -102,6 +106,7 @@ class RunReport(Callback):
         result: RetrievalResult,
         history: Sequence[Mapping[str, Any]] = (),
         stages: Sequence[Stage] = (),
+        minings: Sequence[Mined] = (),
     ) -> None:
         """Write ``report.html``.
 
@@ -111,6 +116,7 @@ class RunReport(Callback):
             result: The evaluation, for the gallery.
             history: Curves; see :func:`~lightning_mmembed.retrieval.report.write_report`.
             stages: Measurements while training; likewise. Without them the evaluation itself is the only one.
+            minings: What was mined; likewise.
         """
         evaluated = f"{record.metrics['protocol']['split']} split"
         if "prompts" in record.metrics:
@@ -122,6 +128,7 @@ class RunReport(Callback):
             history=history,
             stages=stages or [Stage(evaluated, record.metrics, result.modality_matrix)],
             gallery=gallery(result, self.queries_per_task),
+            minings=minings,
             comparison=self._comparison(record),
             facts={**self.facts, "union pool": f"{len(result.pool):,} candidates"},
             config=Path(self.config_file).read_text() if self.config_file else "",
@@ -160,6 +167,21 @@ def _stages(evaluations: list[dict[str, Any]], mined_at: list[int]) -> list[Stag
     else:
         picked |= {"trained": before[-1:]}
     return [Stage(name, e["metrics"], e["modality_matrix"]) for name, found in picked.items() for e in found]
+
+
+def _mined(mining: HardNegativeMining, trainer: Trainer) -> list[Mined]:
+    """What was mined, the last time with examples where its file is still there."""
+    shown = []
+    for number, version in enumerate(mining.versions, 1):
+        examples: list[MinedQuery] = []
+        if number == len(mining.versions) and Path(version["path"]).is_file():
+            shards = datamodule_of(trainer).shards
+            columns = read_columns(version["path"])
+            examples = mined_examples(shards.pool(mining.pool), shards.query_sets("train"), columns)
+        epochs = version["epochs"]
+        name = f"mining {number}, after {epochs} epoch{'' if epochs == 1 else 's'}, step {version['step']:,}"
+        shown.append(Mined(name, version["audit"], examples))
+    return shown
 
 
 def _find(trainer: Trainer, kind: type[C]) -> C | None:

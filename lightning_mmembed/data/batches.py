@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_mmembed.data.instructions import draw
-from lightning_mmembed.data.negatives import MinedNegatives, draw_negatives
+from lightning_mmembed.data.negatives import MinedNegatives, Share, draw_negatives
 from lightning_mmembed.data.sampling import resample, spread
 from lightning_mmembed.data.shards import Shards
+from lightning_mmembed.data.soft_labels import SoftLabels
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Candidate, Query
@@ -34,6 +35,8 @@ class TrainingBatch:
         candidate_ids: ``(C,)`` encoded dids: every query's positive, then the negatives.
         positive_index: ``(Q,)`` column of each query's positive among the candidates.
         positives: ``(Q, P)`` encoded ids of all labelled positives, padded with -1.
+        teacher_scores: ``(Q, L)`` scores of the candidates that are :attr:`listed`, NaN where there is none; ``None``
+            without a teacher.
     """
 
     inputs: EncoderInputs
@@ -41,6 +44,7 @@ class TrainingBatch:
     candidate_ids: Tensor
     positive_index: Tensor
     positives: Tensor
+    teacher_scores: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -59,6 +63,7 @@ class TrainingBatch:
             self.candidate_ids.to(device),
             self.positive_index.to(device),
             self.positives.to(device),
+            None if self.teacher_scores is None else self.teacher_scores.to(device),
         )
 
 
@@ -161,7 +166,10 @@ class TrainingBatches(Dataset[TrainingBatch]):
         seed: Seed of instructions, positives and negatives.
         negatives_per_query: Number of hard negatives, 0 for none.
         mined: Where they come from; without it they are drawn from the pool at random.
+        wrong_modality_share: Share of the wrong modality among them, see :func:`draw_negatives`.
         draw_instructions: Draw one of the prompts; otherwise the first is used.
+        instructions: False leaves them all out.
+        teacher: Scores of pairs to distil from.
     """
 
     def __init__(
@@ -173,11 +181,16 @@ class TrainingBatches(Dataset[TrainingBatch]):
         seed: int = 0,
         negatives_per_query: int = 0,
         mined: MinedNegatives | None = None,
+        wrong_modality_share: Share = 0.5,
         draw_instructions: bool = True,
+        instructions: bool = True,
+        teacher: SoftLabels | None = None,
     ) -> None:
         self.shards, self.rows, self.pool, self.processor = shards, rows, pool, processor
         self.seed, self.negatives_per_query, self.mined = seed, negatives_per_query, mined
-        self.draw_instructions = draw_instructions
+        self.wrong_modality_share, self.draw_instructions = wrong_modality_share, draw_instructions
+        self.instructions = instructions
+        self.teacher = teacher
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -191,15 +204,17 @@ class TrainingBatches(Dataset[TrainingBatch]):
         for qid, labelled in zip(ids, positives, strict=True):
             present = [did for did in labelled if _contains(self.pool, did)]
             chosen.append(present[draw(len(present), self.seed, epoch, "positive", qid)])
-            negatives += draw_negatives(
-                self.mined, self.pool, int(qid), labelled, self.negatives_per_query, self.seed, epoch
-            )
+            number = self.negatives_per_query
+            share = self.wrong_modality_share
+            negatives += draw_negatives(self.mined, self.pool, int(qid), labelled, number, self.seed, epoch, share)
         candidate_ids = chosen + negatives
         drawn = partial(self.shards.instructions.draw, seed=self.seed, epoch=epoch)
         instruct = drawn if self.draw_instructions else None
         candidate_rows = [self.shards.candidate_row(did) for did in candidate_ids]
         self.shards.expect([*rows, *candidate_rows])
         queries = [self.shards.query_at(int(row), instruct) for row in rows]
+        if not self.instructions:
+            queries = [replace(query, instruction=None) for query in queries]
         candidates = [self.shards.candidate_at(row) for row in candidate_rows]
         return TrainingBatch(
             self._prepare([*queries, *candidates], [*rows, *candidate_rows]),
@@ -207,6 +222,15 @@ class TrainingBatches(Dataset[TrainingBatch]):
             torch.tensor(candidate_ids),
             torch.arange(len(queries)),
             padded_ids(positives),
+            None if self.teacher is None else self._taught(ids, np.array(chosen), np.array(negatives, dtype=np.int64)),
+        )
+
+    def _taught(self, qids: np.ndarray, chosen: np.ndarray, negatives: np.ndarray) -> Tensor:
+        """The teacher's scores of each query's positive and negatives, in the order of ``TrainingBatch.listed``."""
+        assert self.teacher is not None
+        listed = np.concatenate([chosen[:, None], negatives.reshape(len(chosen), -1)], 1)
+        return torch.from_numpy(self.teacher.of(np.repeat(qids, listed.shape[1]), listed.reshape(-1))).view(
+            listed.shape
         )
 
     def _prepare(self, entries: Sequence[Query | Candidate], rows: Sequence[int]) -> EncoderInputs:

@@ -1,11 +1,11 @@
-"""The LightningDataModule over a dataset in M-BEIR's layout."""
+"""The LightningDataModule over the shards of a dataset, or of several that are mixed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
@@ -15,11 +15,13 @@ from lightning_mmembed.data.batches import BATCH_MIXES, EpochPlan, TrainingBatch
 from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.data.loader import Place, TrainingLoader
 from lightning_mmembed.data.manifest import hold_the_records_of
-from lightning_mmembed.data.negatives import MinedNegatives
+from lightning_mmembed.data.negatives import MinedNegatives, Share, check_share
 from lightning_mmembed.data.places import is_url
 from lightning_mmembed.data.sampling import check_rule, source_targets, task_targets
 from lightning_mmembed.data.shard import shard_dataset
 from lightning_mmembed.data.shards import Shards
+from lightning_mmembed.data.soft_labels import SoftLabels
+from lightning_mmembed.data.union import open_shards
 from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.errors import UserInputError
@@ -27,13 +29,14 @@ from lightning_mmembed.items import Candidate, Query
 
 
 class MBEIRDataModule(LightningDataModule):
-    """Streams any dataset in M-BEIR's layout from its shards.
+    """Streams a dataset from its shards, or several as one.
 
     Every batch is a pure function of (seed, epoch, position): it depends on neither the number of workers nor what was
     drawn before. The prompts are written by the processor of the encoder that the Trainer fits.
 
     Args:
-        shards: Folder of the shards; made from ``source`` if they are absent or stale. Without a source, a URL too.
+        shards: Folder of the shards; made from ``source`` if they are absent or stale. Without a source, a URL too, or
+            several of them, such as those of M-BEIR and of text-to-text data, which are read as one.
         source: Folder in M-BEIR's layout; None if the shards are all there is.
         batch_size: Queries in a batch, per process.
         batch_mix: ``"mixed"`` draws a batch from all tasks; ``"one-task"`` from one task at a time, which brings the
@@ -45,7 +48,12 @@ class MBEIRDataModule(LightningDataModule):
         temperature: In place of ``upsample``: at least 1; makes the sizes of the datasets proportional to
             ``n ** (1 / temperature)``, while the epoch stays as long.
         negatives_per_query: Hard negatives for each query once they are mined.
-        negatives: A file of mined negatives to start with.
+        negatives: A file of mined or given negatives to start with, or several, such as one for each folder of shards.
+        wrong_modality_share: Share of the kind ``wrong_modality`` among the negatives that are drawn; a curriculum is a
+            number for each epoch, or ``{"start": 1.0, "end": 0.5, "epochs": 8}`` for equal steps.
+        instructions: False leaves them out of all batches, as a backbone is pretrained; rankings are made with them.
+        soft_labels: A file of scores to distil from (``mmembed-rerank negatives=... soft_labels=...``), for a loss
+            that asks for them.
         num_workers: Processes that read and prepare batches.
         seed: Seed of the order, the instructions, the positives and the negatives.
         max_bad_fraction: Share of the records that may be left out because they cannot be used, where shards are made.
@@ -53,14 +61,17 @@ class MBEIRDataModule(LightningDataModule):
 
     def __init__(
         self,
-        shards: str | Path,
+        shards: str | Path | Sequence[str | Path],
         source: str | Path | None = None,
         batch_size: int = 128,
         batch_mix: str = "mixed",
         upsample: str | Mapping[str, float] | None = None,
         temperature: float | None = None,
         negatives_per_query: int = 1,
-        negatives: str | Path | None = None,
+        negatives: str | Path | Sequence[str | Path] | None = None,
+        wrong_modality_share: Share = 0.5,
+        instructions: bool = True,
+        soft_labels: str | Path | None = None,
         num_workers: int = 0,
         seed: int = 0,
         max_bad_fraction: float = 0.001,
@@ -69,7 +80,13 @@ class MBEIRDataModule(LightningDataModule):
         if batch_mix not in BATCH_MIXES:
             raise UserInputError(f"batch_mix={batch_mix!r} is unknown; write one of {', '.join(BATCH_MIXES)}")
         check_rule(upsample, temperature)
-        if source is not None and is_url(shards):
+        check_share(wrong_modality_share)
+        if source is not None and not isinstance(shards, str | Path):
+            raise UserInputError(
+                f"data.shards={[str(one) for one in shards]} are several and data.source={str(source)!r} is one: make "
+                "shards of each with mmembed-shard, then read them with data.source=null"
+            )
+        if source is not None and is_url(cast(str | Path, shards)):
             raise UserInputError(
                 f"data.shards={str(shards)!r} is a URL, where no shards are made of data.source={str(source)!r}: write "
                 "to a folder, copy it there, then read it with data.source=null"
@@ -78,19 +95,25 @@ class MBEIRDataModule(LightningDataModule):
         self.batch_size, self.batch_mix, self.num_workers, self.seed = batch_size, batch_mix, num_workers, seed
         self.upsample, self.temperature = upsample, temperature
         self.negatives_per_query, self.negatives = negatives_per_query, negatives
+        self.wrong_modality_share = wrong_modality_share
+        self.max_bad_fraction, self.instructions = max_bad_fraction, instructions
+        self.wrong_modality_share, self.soft_labels = wrong_modality_share, soft_labels
         self.max_bad_fraction = max_bad_fraction
         self._shards: Shards | None = None
 
     def prepare_data(self) -> None:
         """Make the shards, unless some of the source's records stand there, made with whatever settings."""
-        if self.source is not None and not hold_the_records_of(self.shards_dir, self.source):
-            shard_dataset(self.source, self.shards_dir, max_bad_fraction=self.max_bad_fraction)
+        if self.source is None:
+            return
+        directory = cast(str | Path, self.shards_dir)  # with a source there is one
+        if not hold_the_records_of(directory, self.source):
+            shard_dataset(self.source, directory, max_bad_fraction=self.max_bad_fraction)
 
     @property
     def shards(self) -> Shards:
         """The shards, opened when first asked for."""
         if self._shards is None:
-            self._shards = Shards(self.shards_dir)
+            self._shards = open_shards(self.shards_dir)
         return self._shards
 
     def use_negatives(self, path: str | Path) -> None:
@@ -99,7 +122,9 @@ class MBEIRDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the version of the mined negatives in use."""
-        return {"negatives": None if self.negatives is None else str(self.negatives)}
+        if self.negatives is None or isinstance(self.negatives, str | Path):
+            return {"negatives": None if self.negatives is None else str(self.negatives)}
+        return {"negatives": [str(path) for path in self.negatives]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the mined negatives that the checkpoint was trained with."""
@@ -122,9 +147,16 @@ class MBEIRDataModule(LightningDataModule):
     def _training_batches(self, rows: np.ndarray) -> TrainingBatches:
         mined = None if self.negatives is None else MinedNegatives(self.negatives)
         if mined is not None:
-            mined.check_pool(self.shards.pool_fingerprint(TRAIN_POOL))
+            pools = [TRAIN_POOL, "val", "test", *self.shards.manifest["counts"]["pools"]]
+            mined.check_pool(*(made_of for pool in pools for made_of in self.shards.pool_fingerprints(pool)))
         n_negatives = 0 if mined is None else self.negatives_per_query
-        return self._batches("train", rows, draw_instructions=True, negatives_per_query=n_negatives, mined=mined)
+        settings: dict[str, Any] = {
+            "negatives_per_query": n_negatives,
+            "wrong_modality_share": self.wrong_modality_share,
+        }
+        if self.soft_labels is not None:
+            settings["teacher"] = SoftLabels(self.soft_labels, self.shards.fingerprint)
+        return self._batches("train", rows, draw_instructions=True, mined=mined, **settings)
 
     def _fixed_dataloader(self, split: str) -> DataLoader[TrainingBatch]:
         rows, pool = self.shards.query_rows(split), self.shards.pool(split).ids.numpy()
@@ -136,6 +168,7 @@ class MBEIRDataModule(LightningDataModule):
 
     def _batches(self, split: str, rows: np.ndarray, **settings: Any) -> TrainingBatches:
         pool = self.shards.pool(TRAIN_POOL if split == "train" else split).ids.numpy()
+        settings["instructions"] = self.instructions
         return TrainingBatches(self.shards, rows, pool, self._processor(), seed=self.seed, **settings)
 
     def _processor(self) -> Callable[[Sequence[Query | Candidate]], EncoderInputs]:
@@ -155,7 +188,7 @@ class MBEIRDataModule(LightningDataModule):
         n_queries = len(rows) if resampled is None else int(resampled[1].sum())
         replicas = self._own_trainer.world_size
         if n_queries < replicas:
-            raise UserInputError(f"{self.shards_dir} has {n_queries} {split} queries for {replicas} processes")
+            raise UserInputError(f"{self.shards.directory} has {n_queries} {split} queries for {replicas} processes")
         return EpochPlan(
             self.shards.task_names(rows),
             min(self.batch_size, n_queries // replicas),

@@ -49,37 +49,57 @@ def write_negatives(path: str | Path, rows: dict[str, Any], made_of: dict[str, A
     return Path(path)
 
 
+def read_columns(path: str | Path) -> dict[str, np.ndarray]:
+    """The columns of :data:`SCHEMA` of a file of negatives, each ``(N,)``, in the order of the file."""
+    table = pq.read_table(path)
+    return {name: table[name].to_numpy() for name in SCHEMA.names}
+
+
 class MinedNegatives:
-    """Reads a version of mined negatives.
+    """Reads a version of mined negatives, or several files that belong together.
 
     Args:
-        path: What :func:`write_negatives` wrote.
+        path: What :func:`write_negatives` wrote; several files such as one for each of the datasets that are mixed.
 
     Raises:
         UserInputError: If there is no such file.
+
+    Attributes:
+        made_of: What the first file was mined with.
+        audit: What was counted then.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserInputError(f"negatives={str(path)!r} is missing; mine again, or give the file of another version")
-        table = pq.read_table(self.path)
-        metadata = table.schema.metadata or {}
-        self.made_of: dict[str, Any] = json.loads(metadata.get(b"made_of", b"{}"))
-        self.audit: dict[str, Any] = json.loads(metadata.get(b"audit", b"{}"))
+    def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
+        self.paths = [Path(path)] if isinstance(path, str | Path) else [Path(one) for one in path]
+        for one in self.paths:
+            if not one.is_file():
+                raise UserInputError(
+                    f"negatives={str(one)!r} is missing; mine again, or give the file of another version"
+                )
+        tables = [pq.read_table(one) for one in self.paths]
+        metadata = [table.schema.metadata or {} for table in tables]
+        self._made_of = [json.loads(some.get(b"made_of", b"{}")) for some in metadata]
+        self.made_of: dict[str, Any] = self._made_of[0]
+        self.audit: dict[str, Any] = json.loads(metadata[0].get(b"audit", b"{}"))
+        table = pa.concat_tables(table.replace_schema_metadata() for table in tables)
         columns = {name: table[name].to_numpy() for name in ("qid", "kind", "did")}
         order = np.lexsort((columns["kind"], columns["qid"]))
         self._qid, self._kind, self._did = (columns[name][order] for name in ("qid", "kind", "did"))
 
-    def check_pool(self, pool: str) -> None:
+    def check_pool(self, *pools: str) -> None:
         """Refuse negatives that were mined in another pool.
 
+        Args:
+            *pools: Fingerprints of the pool and of what it is made of.
+
         Raises:
-            UserInputError: If the fingerprint of the pool is another.
+            UserInputError: If the fingerprint of a file's pool is none of them.
         """
-        if self.made_of.get("pool") != pool:
+        for path, made_of in zip(self.paths, self._made_of, strict=True):
+            if made_of.get("pool") in pools:
+                continue
             raise UserInputError(
-                f"negatives={str(self.path)!r} were mined in another dataset, or before its shards were made anew; "
+                f"negatives={str(path)!r} were mined in another dataset, or before its shards were made anew; "
                 "mine again"
             )
 
@@ -88,6 +108,19 @@ class MinedNegatives:
         start, end = np.searchsorted(self._qid, [qid, qid + 1])
         bounds = start + np.searchsorted(self._kind[start:end], np.arange(len(KINDS) + 1))
         return tuple(self._did[bounds[i] : bounds[i + 1]] for i in range(len(KINDS)))
+
+
+def audit_of(path: str | Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+    """What was counted when a file was mined with just the same; ``None`` if there is no such file.
+
+    Args:
+        path: The file.
+        made_of: What it is to be mined with.
+    """
+    if not Path(path).is_file():
+        return None
+    found = MinedNegatives(path)
+    return found.audit if found.made_of == made_of else None
 
 
 def check_share(share: Share) -> None:

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "pooling_options": {},
     "bidirectional": True,
     "max_length": 128,
+    "passage_length": None,
     "padding_side": "right",
     "prompts": "plain",
     "freeze_vision": None,
@@ -94,6 +95,7 @@ class Checkpoint:
         tokenizer = load_tokenizer(self.base)
         family = self._family()(self.base, self.config, tokenizer)
         prompts = PROMPTS[self.settings["prompts"]](tokenizer, self.settings["max_length"])
+        prompts.passage_length = self.settings["passage_length"]
         return ItemProcessor(prompts, family, length_buckets, self.settings["padding_side"])
 
     def _family(self) -> type[Family]:

@@ -69,6 +69,7 @@ class MLLMEncoder(Encoder):
             **self._pooled,
             "bidirectional": not self.backbone.config.get_text_config().is_causal,
             "max_length": self.processor.prompts.max_length,
+            "passage_length": self.processor.prompts.passage_length,
             "padding_side": self.processor.padding_side,
             "prompts": self.processor.prompts.name,
             "lora": None if self.lora is None else self.lora.to_dict(),
@@ -88,6 +89,7 @@ class MLLMEncoder(Encoder):
         pooling: str | None = None,
         bidirectional: bool | None = None,
         max_length: int | None = None,
+        passage_length: int | None = None,
         padding_side: str | None = None,
         length_buckets: int = 4,
         dtype: torch.dtype | str = torch.float32,
@@ -107,6 +109,8 @@ class MLLMEncoder(Encoder):
             pooling: ``"mean"``, ``"last"`` or ``"latent-attention"``; by default the one saved, else ``"mean"``.
             bidirectional: By default what was saved, else True.
             max_length: Longest text in tokens; by default what was saved, else 128 (the paper's training length).
+            passage_length: Longest text of a candidate without a picture, 512 in MM-Embed's third stage; by default
+                what was saved, else ``max_length``.
             padding_side: ``"right"`` or ``"left"``; by default what was saved, else right. No vector depends on it.
             length_buckets: Number of buckets that a batch is cut into, by length, to save padding.
             dtype: Type of the weights. With LoRA those that are trained are kept in float32. Mean and normalisation are
@@ -131,6 +135,7 @@ class MLLMEncoder(Encoder):
             "pooling": pooling,
             "bidirectional": bidirectional,
             "max_length": max_length,
+            "passage_length": passage_length,
             "padding_side": padding_side,
             "freeze_vision": freeze_vision,
         }
@@ -167,6 +172,7 @@ class MLLMEncoder(Encoder):
         nv_embed: str | Path,
         *,
         max_length: int = 128,
+        passage_length: int | None = None,
         length_buckets: int = 4,
         dtype: torch.dtype | str = torch.float32,
         **training: Any,
@@ -178,6 +184,7 @@ class MLLMEncoder(Encoder):
                 projector, ``image_newline``, tokenizer and image settings.
             nv_embed: The same, such as ``"nvidia/NV-Embed-v1"``: gives language model and latent attention.
             max_length: Longest text in tokens; 128 is the paper's in training.
+            passage_length: Longest text of a candidate without a picture; by default ``max_length``.
             length_buckets: As the rest, see :meth:`from_pretrained`.
             dtype: Type of the weights.
             **training: ``lora``, ``freeze_vision``, ``gradient_checkpointing``.
@@ -186,7 +193,9 @@ class MLLMEncoder(Encoder):
             UserInputError: If one of the two is absent, broken or another kind of checkpoint, or they do not fit.
         """
         parts = join_parts(str(llava_next), str(nv_embed), dtype)
-        processor = ItemProcessor(mm_embed.MMEmbedPrompts(parts.tokenizer, max_length), parts.family, length_buckets)
+        prompts = mm_embed.MMEmbedPrompts(parts.tokenizer, max_length)
+        prompts.passage_length = passage_length
+        processor = ItemProcessor(prompts, parts.family, length_buckets)
         encoder = cls(parts.backbone, processor, "latent-attention", parts.pooling_options)
         with reading(str(nv_embed)):
             encoder.pooling.load_state_dict(parts.pooling_weights)

@@ -95,7 +95,7 @@ class MMEmbedPrompts(PromptTokenizer):
         return ids
 
     def _of(self, entry: Entry, prompt: str, whole: list[int]) -> Tokens:
-        kept = whole[: self.max_length - 2]
+        kept = whole[: self.limit(entry) - 2]
         image_at = None
         if item_of(entry).image is not None:
             if whole.count(self.image_id) > 1:

@@ -109,6 +109,8 @@ class ItemProcessor:
         tokenizer = self.prompts.tokenizer
         words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         prompts = [type(self.prompts).__name__, self.prompts.max_length, words]
+        if self.prompts.passage_length is not None:
+            prompts.append(self.prompts.passage_length)
         return {"prompts": prompts, **self.family.settings()}
 
     def limited(self, max_length: int) -> ItemProcessor:
@@ -119,7 +121,7 @@ class ItemProcessor:
         """
         limited = copy.copy(self)
         limited.prompts = copy.copy(self.prompts)
-        limited.prompts.max_length = max_length
+        limited.prompts.max_length, limited.prompts.passage_length = max_length, None
         return limited
 
     def __call__(

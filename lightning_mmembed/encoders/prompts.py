@@ -93,6 +93,8 @@ class PromptTokenizer:
         eos: What every prompt ends with.
         pad: What prompts are padded with.
         positions: The most tokens that the model can read, ``None`` for more than anybody needs.
+        passage_length: Longest text of a candidate without a picture, where it is not ``max_length``: MM-Embed's third
+            stage reads 512 tokens of a text document and 128 of all else.
 
     Raises:
         UserInputError: If nothing of a text fits into ``max_length``, or it is more than ``positions``.
@@ -100,6 +102,7 @@ class PromptTokenizer:
 
     name = "plain"
     positions: int | None = None
+    passage_length: int | None = None
 
     def __init__(self, tokenizer: Any, max_length: int = 128) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -120,6 +123,11 @@ class PromptTokenizer:
             raise UserInputError(f"max_length={value} is more than the {self.positions} positions of a text; lower it")
         self._max_length = value
 
+    def limit(self, entry: Entry) -> int:
+        """Longest text of an entry in tokens."""
+        is_passage = not isinstance(entry, Query) and item_of(entry).image is None
+        return self.passage_length if is_passage and self.passage_length is not None else self.max_length
+
     def __call__(self, entries: Sequence[Entry]) -> list[Tokens]:
         """Tokenise the prompts of some entries.
 
@@ -130,12 +138,12 @@ class PromptTokenizer:
         before, starts = self._ids_before_image(prompts)
         after = iter(self._plain_ids([prompt.after for prompt in prompts if prompt.after]))
         return [
-            self._tokens(ids, next(after) if prompt.after else None, start)
-            for prompt, ids, start in zip(prompts, before, starts, strict=True)
+            self._tokens(ids, next(after) if prompt.after else None, start, self.limit(entry))
+            for entry, prompt, ids, start in zip(entries, prompts, before, starts, strict=True)
         ]
 
-    def _tokens(self, before: list[int], after: list[int] | None, start: int) -> Tokens:
-        room = self.max_length - len(self.bos) - len(self.eos)
+    def _tokens(self, before: list[int], after: list[int] | None, start: int, limit: int) -> Tokens:
+        room = limit - len(self.bos) - len(self.eos)
         if start >= room or (after is not None and len(before) >= room):
             raise self.no_room(start)
         kept = before[:room] if after is None else before + after[: room - len(before) - 1]

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
 from lightning_mmembed.encoders.base import CPU_TOKENS, TOKENS
+from lightning_mmembed.encoders.families import Family
 from lightning_mmembed.encoders.loading import load_config, load_tokenizer, reading
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
-from lightning_mmembed.items import Candidate, Query, Task
+from lightning_mmembed.items import TASK_MODALITIES, Candidate, Item, Modality, Query, Task
 from lightning_mmembed.rerank.inputs import PairProcessor, Pairs, Row, cheapest_passes, label_ids
 from lightning_mmembed.rerank.model import context, copies, load_model, read_family, shares_prefix, states_of
 from lightning_mmembed.rerank.prompts import Prompts, PromptWriter, read_frame
@@ -84,7 +86,7 @@ class ZeroShotReranker:
         Args:
             pretrained_model_name_or_path: A directory or a hub id, such as ``"llava-hf/llava-v1.6-mistral-7b-hf"``.
             prompts: A wording for each task, see :class:`~lightning_mmembed.rerank.prompts.Prompts`; those of
-                ``conf/rerank/default.yaml`` are a start.
+                ``conf/rerank/llava_next.yaml`` are a start.
             labels: The words for a match and for none; each must be a single token.
             max_length: The most positions of a prompt, by default as many as the model can read. Of a longer one the
                 end of the candidate's text is cut.
@@ -99,14 +101,10 @@ class ZeroShotReranker:
         """
         path, wordings = str(pretrained_model_name_or_path), Prompts(prompts)
         with reading(path):
-            config = load_config(path)
-            tokenizer = load_tokenizer(path)
-            family = read_family(path, config, tokenizer)
-            image_token = str(tokenizer.convert_ids_to_tokens(family.image_token_id))
-            frame = read_frame(path, tokenizer, image_token)
+            config, family, writer, tokenizer = _read_writer(path, wordings)
             longest = context(config, max_length)
-            processor = PairProcessor(tokenizer, family, PromptWriter(tokenizer, frame, wordings), longest)
-            label_ids(tokenizer, frame, labels)  # before minutes of loading weights
+            processor = PairProcessor(tokenizer, family, writer, longest)
+            label_ids(tokenizer, writer.frame, labels)  # before minutes of loading weights
             model = load_model(path, config, family, dtype=dtype, attn_implementation=attn_implementation)
         return cls(model if device is None else model.to(device), processor, labels, tokens_per_batch)
 
@@ -259,3 +257,36 @@ class ZeroShotReranker:
         if cap:
             logits = cap * torch.tanh(logits / cap)
         return logits.softmax(-1)[:, 0]
+
+
+def example_prompt(path: str | Path, prompts: Mapping[str, str], task: str) -> str:
+    """The prompt of a task, in the frame of a checkpoint, with names in the place of texts; no weights are loaded.
+
+    Args:
+        path: A directory or a hub id.
+        prompts: See :meth:`ZeroShotReranker.from_pretrained`.
+        task: Such as ``"cirr_task7"``; the modalities are those of its id.
+
+    Raises:
+        UserInputError: If the task has no prompt, or there is no multimodal LLM.
+    """
+    parsed = Task.parse(task)
+    wording = Prompts(prompts).of(parsed)
+    with reading(str(path)):
+        writer = _read_writer(str(path), Prompts(prompts))[2]
+
+    def example(modality: Modality, name: str) -> Item:
+        picture = None if modality is Modality.TEXT else Image.new("RGB", (1, 1))
+        return Item(None if modality is Modality.IMAGE else f"[{name}]", picture)
+
+    asked, wanted = TASK_MODALITIES[parsed.task_id]
+    query = Query(example(asked, "text of the query"), "[instruction]", task=parsed)
+    return "".join(writer(query, example(wanted, "text of the candidate"), wording))
+
+
+def _read_writer(path: str, prompts: Prompts) -> tuple[Any, Family, PromptWriter, Any]:
+    """Configuration, family, writer of prompts and tokenizer of a checkpoint."""
+    config, tokenizer = load_config(path), load_tokenizer(path)
+    family = read_family(path, config, tokenizer)
+    frame = read_frame(path, tokenizer, str(tokenizer.convert_ids_to_tokens(family.image_token_id)))
+    return config, family, PromptWriter(tokenizer, frame, prompts), tokenizer

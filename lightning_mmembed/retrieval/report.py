@@ -14,6 +14,7 @@ from lightning_mmembed.files import write_atomically
 from lightning_mmembed.items import Modality, task_order
 from lightning_mmembed.retrieval.charts import draw_charts
 from lightning_mmembed.retrieval.compare import ComparedRun
+from lightning_mmembed.retrieval.mining_views import Mined, audit_view
 from lightning_mmembed.retrieval.table import MISSING, mark, percent, points
 from lightning_mmembed.retrieval.views import (
     average,
@@ -83,6 +84,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]] = (),
     stages: Sequence[Stage] = (),
     gallery: Sequence[GalleryQuery] = (),
+    minings: Sequence[Mined] = (),
     comparison: Sequence[ComparedRun] = (),
     facts: Mapping[str, str] | None = None,
     config: str = "",
@@ -97,6 +99,7 @@ def write_report(
         history: A row per logged event; ``"step"`` and any logged keys. A ``"mined"`` key marks a mining event.
         stages: Measurements in the order in which they were taken.
         gallery: Queries with their results, grouped by task in the page.
+        minings: What was mined, in the order in which it was.
         comparison: Per pool the run itself, then other runs, then published systems, which have a ``source``.
         facts: What the reader must know about the run, such as dataset, seed and versions.
         config: The run's configuration as YAML.
@@ -106,7 +109,8 @@ def write_report(
     """
     sections = _sections(metrics, history, stages, gallery)
     compared = comparison_views(metrics, comparison)
-    shown = {"title": title, "facts": facts or {}, "config": config, "comparison": compared}
+    shown: dict[str, Any] = {"title": title, "facts": facts or {}, "config": config, "comparison": compared}
+    shown["minings"] = [audit_view(mined) for mined in minings]
     page = template("report.html.j2").render(**shown, **sections)
     # A lone surrogate in a candidate's text must not cost the report.
     return write_atomically(path, page.encode(errors="replace"))

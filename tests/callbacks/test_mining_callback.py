@@ -20,9 +20,11 @@ from lightning_mmembed.data import Shards, shard_dataset
 from lightning_mmembed.data.negatives import MinedNegatives
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import decode_id
+from lightning_mmembed.mining_rule import KINDS, MiningRule
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
 
 K, K_PRIME = 20, 6
+RULE = MiningRule(k=K, k_prime=K_PRIME)
 
 
 class BatchRecorder(Callback):
@@ -41,7 +43,7 @@ class BatchRecorder(Callback):
 
 
 def mining(**arguments: Any) -> HardNegativeMining:
-    return HardNegativeMining(k=K, k_prime=K_PRIME, dtype="float32", **arguments)
+    return HardNegativeMining(rule=RULE, dtype="float32", **arguments)
 
 
 def naive_negatives(
@@ -63,6 +65,7 @@ def naive_negatives(
                 if candidate.item.modality is wanted and not positive and rank > K_PRIME:
                     found[1].append((candidate.did, rank))
             counts["queries"] += 1
+            counts["positives"] += len(query.positives)
             counts["with_wrong_modality"] += bool(found[0])
             counts["with_wrong_content"] += bool(found[1])
             counts["with_none"] += not (found[0] or found[1])
@@ -108,8 +111,14 @@ def test_what_is_mined_equals_a_full_sort_and_the_rule_written_out(
     assert mined_rows(miner.versions[0]["path"]) == rows
     assert {kind for _, _, kind, _ in rows} == {0, 1}
     found = MinedNegatives(miner.versions[0]["path"])
-    assert found.audit == audit
-    assert miner.versions[0]["audit"] == audit
+    assert {name: {key: found.audit[name][key] for key in task} for name, task in audit.items()} == audit
+    assert miner.versions[0]["audit"] == found.audit
+    kinds = [(KINDS.index(name), row) for task in found.audit.values() for name, row in task["kinds"].items()]
+    for kind in (0, 1):
+        ranks = [rank for *_, one, rank in rows if one == kind]
+        mine = [row for one, row in kinds if one == kind]
+        assert sum(row["negatives"] for row in mine) == sum(sum(row["scores"]) for row in mine) == len(ranks)
+        assert sum(row["negatives"] * row["mean_rank"] for row in mine) == pytest.approx(sum(ranks), abs=0.1)
     assert found.made_of["encoder"] == made_by
     assert found.made_of["pool"] == Shards(tiny_shards).pool("train").fingerprint
     assert not list(tmp_path.glob("**/.*.tmp"))
@@ -223,3 +232,59 @@ def test_negatives_that_were_mined_in_another_dataset_are_refused(
     datamodule = MBEIRDataModule(other, batch_size=8, negatives=miner.versions[0]["path"])
     with pytest.raises(UserInputError, match=r"negatives-1.parquet' were mined in another dataset.*mine again"):
         tiny_trainer(tmp_path / "second", max_steps=1).fit(tiny_module(tiny_checkpoint), datamodule)
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_curriculum_draws_the_wrong_modality_first_and_the_wrong_content_last(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    recorder, miner = BatchRecorder(), mining(before_fit=True)
+    share = {"start": 1.0, "end": 0.0, "epochs": 2}
+    datamodule = MBEIRDataModule(tiny_shards, batch_size=8, negatives_per_query=3, wrong_modality_share=share)
+    trainer = tiny_trainer(tmp_path, max_epochs=2, callbacks=[recorder, miner], limit_val_batches=0)
+    trainer.fit(tiny_module(tiny_checkpoint), datamodule)
+    found, seen = MinedNegatives(miner.versions[0]["path"]), Counter()
+    for epoch in (0, 1):
+        for qid, drawn in recorder.negatives[epoch]:
+            kinds = [part.tolist() for part in found.of(qid)]
+            if kinds[0] and kinds[1]:
+                assert set(drawn) <= set(kinds[epoch])
+                seen[epoch] += 1
+    assert min(seen.values()) > 0
+    assert len(seen) == 2
+
+
+def test_another_rule_and_another_pool_are_mined_while_training(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    miner = HardNegativeMining(before_fit=True, rule=MiningRule("top_k", k=4), pool="test")
+    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[miner], limit_val_batches=0)
+    trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
+    table = pq.read_table(miner.versions[0]["path"])
+    assert set(table["kind"].to_pylist()) == {KINDS.index("any_modality")}
+    assert max(table["rank"].to_pylist()) == 4
+    assert set(table["did"].to_pylist()) <= set(Shards(tiny_shards).pool("test").ids.tolist())
+
+
+def test_a_rule_that_needs_a_second_model_is_refused_before_training() -> None:
+    with pytest.raises(UserInputError, match=r"check_margin=0.0 needs the scores of a second model.*mmembed-mine"):
+        HardNegativeMining(rule=MiningRule(check_margin=0.0))
+
+
+def test_a_share_that_is_none_is_refused(tiny_shards: Path) -> None:
+    with pytest.raises(UserInputError, match=r"wrong_modality_share=1.5 cannot be used: a share is from 0 to 1"):
+        MBEIRDataModule(tiny_shards, wrong_modality_share=1.5)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_the_report_shows_what_was_mined(tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    callbacks = [RetrievalEvaluation(metrics=("hit@5",)), mining(after_epochs=[1]), RunReport()]
+    trainer = tiny_trainer(tmp_path, max_epochs=2, callbacks=callbacks)
+    module, datamodule = tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=16)
+    trainer.fit(module, datamodule)
+    trainer.test(module, datamodule, verbose=False)
+    page = (tmp_path / "report.html").read_text()
+    assert "mining 1, after 1 epoch, step 3" in page
+    assert "labelled positive" in page

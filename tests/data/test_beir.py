@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from text_worlds import birds, write_beir
 from worlds import read_lines, write_pets
 
-from lightning_mmembed.cli import shard
+from lightning_mmembed.cli_shard import shard
 from lightning_mmembed.data import Shards, shard_dataset
 from lightning_mmembed.data.beir import BEIRLayout
 from lightning_mmembed.data.jobs import RecordJob, ShardJobs

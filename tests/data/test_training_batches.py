@@ -22,6 +22,7 @@ from lightning_mmembed.data.sampling import task_targets
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import Modality, Task, encode_id
 from lightning_mmembed.losses import contrastive_loss, labelled_positive_mask
+from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.mine import mine_negatives
 
@@ -44,7 +45,8 @@ def mined(tiny_shards: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.Tem
     shards, directory = Shards(tiny_shards), tmp_path_factory.mktemp("mined")
     encoder = MLLMEncoder.from_pretrained(tiny_checkpoint)
     store = VectorStore(directory, show_progress=False)
-    columns, audit = mine_negatives(encoder, shards.pool("train"), shards.query_sets("train"), store, "x", 48, 0)
+    rule = MiningRule(k=48, k_prime=0)
+    columns, audit = mine_negatives(encoder, shards.pool("train"), shards.query_sets("train"), store, "x", rule)
     assert sum(task["positives_met"] for task in audit.values()) == 60
     return MinedNegatives(write_negatives(directory / "negatives.parquet", columns, {}, audit))
 

@@ -334,7 +334,7 @@ def test_a_source_with_other_counts_is_refused_naming_every_file() -> None:
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from lightning_mmembed.cli import shard_main; shard_main()", *arguments],
+        [sys.executable, "-c", "from lightning_mmembed.cli_shard import shard_main; shard_main()", *arguments],
         cwd=folder,
         env={**os.environ, "COLUMNS": "120"},
         capture_output=True,

@@ -248,3 +248,17 @@ def test_broken_picture_bytes_are_named() -> None:
     for data in (b"", b"no picture", buffer.getvalue()[:100]):
         with pytest.raises(UserInputError, match=rf"a picture of {len(data)} bytes cannot be decoded"):
             decode_image(data)
+
+
+def test_a_text_document_may_be_longer_than_all_else(processor: ItemProcessor) -> None:
+    longer = processor.limited(16)
+    settings = longer.settings()
+    longer.prompts.passage_length = 40
+    text = "a red pet " * 50
+    lengths = [
+        int(bucket_of(longer, entry).attention_mask.sum()) - (POSITIONS - 1 if entry.item.image else 0)
+        for entry in (Candidate(Item(text), "77:1"), Candidate(Item(text, RED), "77:2"), Query(Item(text)))
+    ]
+    assert lengths == [40, 16, 16]
+    assert longer.settings() != settings, "vectors of another limit are others"
+    assert longer.limited(16).settings() == settings

@@ -160,7 +160,7 @@ def test_a_wording_must_hold_query_and_candidate_in_this_order(wording: str) -> 
 
 
 def test_the_configuration_has_a_wording_for_every_task_and_the_attested_ones() -> None:
-    prompts = Prompts(OmegaConf.to_container(OmegaConf.load(CONF / "default.yaml"))["prompts"])
+    prompts = Prompts(OmegaConf.to_container(OmegaConf.load(CONF / "llava_next.yaml"))["prompts"])
     for task in (*MBEIR_TASKS, *(f"other_task{number}" for number in range(9))):
         assert "True or False" in prompts.of(task)
     for task in ("mscoco_task0", "mscoco_task3"):
@@ -181,7 +181,7 @@ def test_a_tokenizer_that_joins_a_space_to_its_word_has_one_token_for_a_label_to
         label_ids(fast, Frame("[INST] ", " [/INST]", "", "<image>"), ("True", "False"))
 
 
-@pytest.mark.parametrize("name", ["default", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen3_vl", "smolvlm"])
 def test_every_configuration_makes_a_reranker(answering_checkpoint: Checkpoint, name: str) -> None:
     with initialize_config_dir(str(CONF.parent), version_base="1.3"):
         path = answering_checkpoint("smolvlm")

@@ -17,6 +17,7 @@ from worlds import Entries
 from lightning_mmembed import Candidate, Item, MLLMEncoder, Query
 from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.items import Modality, Task, encode_id
+from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.retrieval import embed
 from lightning_mmembed.retrieval.embed import VectorStore, encoder_fingerprint
 from lightning_mmembed.retrieval.evaluate import evaluate_retrieval
@@ -72,7 +73,7 @@ def outcome(encoder: MLLMEncoder, folder: Path, processes: Processes, sizes: tup
     rough = evaluate_retrieval(
         encoder, pool, sets, store, made_by, ("hit@5",), SearchSettings("ivf", nlist=2, nprobe=1)
     )
-    columns, audit = mine_negatives(encoder, pool, sets, store, made_by, k=8, k_prime=4)
+    columns, audit = mine_negatives(encoder, pool, sets, store, made_by, MiningRule(k=8, k_prime=4))
     found = [
         [task, where, ranking.rows.tolist(), ranking.scores.tolist()]
         for some in (result, rough)

@@ -1,9 +1,9 @@
-"""Writes the benchmark as a tree in M-BEIR's published layout."""
+"""Writes the benchmark as a tree in M-BEIR's published layout, and its text-to-text set as a folder in BEIR's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from lightning_mmembed.data.mini.draw import draw_look, encode
 from lightning_mmembed.data.mini.prompts import PROMPTS
 from lightning_mmembed.data.mini.records import Collector
 from lightning_mmembed.data.mini.tasks import collect
+from lightning_mmembed.data.mini.texts import TEXT_VERSION, questions_and_passages
 from lightning_mmembed.data.mini.world import DATASET_IDS, seeded
+from lightning_mmembed.data.shard import shard_dataset
+from lightning_mmembed.data.sources import open_layout
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import building_directory, locked
 from lightning_mmembed.items import MBEIR_TASKS, TASK_MODALITIES, Task, encode_id
@@ -40,12 +43,51 @@ def generate_mini(out: str | Path, seed: int = 0) -> Path:
     Raises:
         UserInputError: If ``out`` holds something that this function did not write.
     """
-    out = Path(out)
     made_of = {"generator": _GENERATOR, "version": GENERATOR_VERSION, "seed": seed}
+    return _generate(Path(out), made_of, lambda tree: _write_tree(tree, collect(seed), seed))
+
+
+def generate_mini_text(out: str | Path, seed: int = 0) -> Path:
+    """Write the text-to-text set of the drawn world to ``out`` in BEIR's layout, or return at once if it stands there.
+
+    Passages on two things each, and questions on them; see :mod:`lightning_mmembed.data.mini.texts`. Each question is
+    answered by one passage. Nothing that validation and test ask about is in a passage that training asks for.
+
+    Args:
+        out: The folder.
+        seed: Decides everything: the same seed gives the same bytes.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        UserInputError: If ``out`` holds something that this function did not write.
+    """
+    made_of = {"generator": f"{_GENERATOR}.texts", "version": TEXT_VERSION, "seed": seed}
+    return _generate(Path(out), made_of, lambda tree: _write_texts(tree, seed))
+
+
+def shards_of(source: str | Path, out: str | Path, **settings: Any) -> Path:
+    """The shards of a folder in M-BEIR's or BEIR's layout, made if they are absent or stale.
+
+    What several folders need in a configuration that reads them as one.
+
+    Args:
+        source: The folder.
+        out: Folder of the shards.
+        **settings: Of texts, see :class:`~lightning_mmembed.data.texts.TextLayout`.
+
+    Returns:
+        ``out``.
+    """
+    return shard_dataset(open_layout(source, **settings), out)
+
+
+def _generate(out: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
     with locked(out):
         if not _stands(out, made_of):
             with building_directory(out) as tree:
-                _write_tree(tree, collect(seed), seed)
+                write(tree)
                 files = sum(path.is_file() for path in tree.rglob("*"))
                 _write_text(tree / _MARKER, json.dumps({**made_of, "files": files}, indent=2) + "\n")
     return out
@@ -57,7 +99,7 @@ def _stands(out: Path, made_of: Mapping[str, Any]) -> bool:
         return False
     try:
         found = json.loads((out / _MARKER).read_text(encoding="utf-8"))
-        ours = found["generator"] == _GENERATOR
+        ours = found["generator"] == made_of["generator"]
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -88,6 +130,15 @@ def _write_text(path: Path, text: str) -> None:
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write_texts(root: Path, seed: int) -> None:
+    passages, questions, judged = questions_and_passages(seed)
+    _write_lines(root / "corpus.jsonl", passages)
+    _write_lines(root / "queries.jsonl", questions)
+    for split, lines in judged.items():
+        rows = ["query-id\tcorpus-id\tscore\n", *(f"{query}\t{passage}\t1\n" for query, passage in lines)]
+        _write_text(root / "qrels" / f"{split}.tsv", "".join(rows))
 
 
 def _write_queries(root: Path, collector: Collector) -> None:

@@ -1,0 +1,265 @@
+"""The stages of a recipe: runs that start from each other, each a process of its own, in order.
+
+A stage that is finished and valid is left as it is, one that was killed goes on, and one whose configuration or start
+has changed since is run anew. What it was run with is in ``stage.json`` in its run directory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.table import Table
+
+from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import file_sha256, fingerprint, read_json, write_atomically
+
+STAGE_FILE = "stage.json"
+#: What may come out of a stage, in its run directory.
+OUTPUTS = ("checkpoints/best.ckpt", "encoder/model.safetensors", "metrics.json")
+#: Keys of a configuration that no figure depends on.
+UNIMPORTANT = ("paths", "extras", "logger", "tags", "task_name", "ckpt_path", "hydra")
+#: Its nodes that name what a run starts from.
+STARTS = ("weights", "callbacks.mining.ckpt_path", "model.encoder.pretrained_model_name_or_path", "data.shards")
+
+#: Overrides of a recipe, which its stages have values of their own for.
+_OF_RECIPE = ("experiment=", "stages", "evaluations", "hydra.run.dir=", "ckpt_path=", "test=")
+#: Keys and groups of a training, which an evaluation has not.
+_OF_TRAINING = ("train=", "save_encoder=", "mining=", "hparams_search=", "optimized_metric=")
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of one of the programs.
+
+    Args:
+        name: What later stages call it.
+        directory: Its run directory.
+        overrides: As on the command line; ``{name}`` stands for the run directory of an earlier stage.
+        program: ``"train"`` or ``"evaluate"``.
+    """
+
+    name: str
+    directory: Path
+    overrides: tuple[str, ...]
+    program: str = "train"
+
+
+def stages_of(cfg: DictConfig, directory: str | Path, given: Sequence[str]) -> list[Stage]:
+    """The stages that a configuration names, each followed by its evaluations.
+
+    Args:
+        cfg: With ``stages``, by name overrides of ``train``, and ``evaluations``, by name overrides of ``evaluate``.
+        directory: Where each stage gets a folder of its name.
+        given: Overrides of the command line, which every run gets, but for those of the recipe itself.
+    """
+    recipe = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["stages", "evaluations"]), resolve=False)
+    assert isinstance(recipe, dict)
+    own = [override for override in given if not override.lstrip("+~").startswith(_OF_RECIPE)]
+    stages = []
+    for name, overrides in recipe["stages"].items():
+        stage = Stage(str(name), Path(directory) / str(name), (*overrides, *own))
+        stages += [stage, *(evaluation(stage, str(n), more) for n, more in (recipe["evaluations"] or {}).items())]
+    return stages
+
+
+def evaluation(stage: Stage, name: str, overrides: Sequence[str]) -> Stage:
+    """The evaluation of what a stage has trained; of its start, where it trains nothing."""
+    kept = [override for override in stage.overrides if not override.startswith(_OF_TRAINING)]
+    trained = [] if "train=false" in stage.overrides else [f"ckpt_path={_reference(stage)}/checkpoints/best.ckpt"]
+    # An evaluation has not all that a training has: what it lacks is added, and not looked at.
+    known = [f"++{one}" if re.match(r"(?!hydra)\w+\.", one) else one for one in (*kept, *overrides)]
+    return Stage(f"{stage.name}/{name}", stage.directory / name, (*known, *trained), "evaluate")
+
+
+def run_stages(stages: Sequence[Stage]) -> None:
+    """Run what is not finished, in order.
+
+    Args:
+        stages: The stages; all configurations are composed before the first is run.
+
+    Raises:
+        UserInputError: If a configuration lacks a value, or the directory of a stage holds something else.
+        SystemExit: If a run failed, with its status.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UserInputError(
+            "stages=... starts a process for each stage, and this one is already one of several: run the stages one by "
+            "one, as the heads of their files in conf/experiment say, or start the recipe without torchrun and srun"
+        )
+    composed = {stage.name: _composed(stage, stages) for stage in stages}
+    for number, stage in enumerate(stages, 1):
+        title = f"stage {number} of {len(stages)}, {stage.name}"
+        starts_from = {other.name: _outputs(other.directory) for other in stages if _refers(stage, other)}
+        made_of = fingerprint(_important(composed[stage.name]), starts_from)
+        if is_finished(stage.directory, made_of):
+            print(f"{title}: is finished, in {stage.directory}", flush=True)
+            continue
+        _make_room(stage, title, made_of)
+        note = {"made_of": made_of, "finished": False, "starts": _starts(composed[stage.name]), "outputs": {}}
+        write_atomically(stage.directory / STAGE_FILE, json.dumps(note, indent=1))
+        _run(stage, title, stages)
+        if stage.program == "train" and not _outputs(stage.directory):
+            raise UserInputError(
+                f"{title}: no checkpoints/best.ckpt was written: no validation took place in as many steps; raise "
+                "trainer.max_epochs or trainer.max_steps, or lower trainer.val_check_interval"
+            )
+        note |= {"finished": True, "starts": _starts(composed[stage.name]), "outputs": _outputs(stage.directory)}
+        write_atomically(stage.directory / STAGE_FILE, json.dumps(note, indent=1))
+
+
+def is_finished(directory: Path, made_of: str) -> bool:
+    """Whether a stage with a fingerprint is finished there, its outputs are there and its start is as it was."""
+    note = read_json(directory / STAGE_FILE)
+    if note is None or not note["finished"] or note["made_of"] != made_of or _moved(note["starts"]):
+        return False
+    return all((directory / name).is_file() for name in note["outputs"])
+
+
+def _make_room(stage: Stage, title: str, made_of: str) -> None:
+    """Remove what was made with another configuration, from another start or not whole; what was killed stays."""
+    note, directory = read_json(stage.directory / STAGE_FILE), stage.directory
+    if note is None:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserInputError(
+                f"{directory} holds something that no stage wrote; move it away, or give another hydra.run.dir"
+            )
+    elif note["made_of"] != made_of or _moved(note["starts"]):
+        print(f"{title}: its configuration or what it starts from has changed; it is run anew", flush=True)
+        shutil.rmtree(directory)
+    elif note["finished"]:
+        print(f"{title}: some of {', '.join(note['outputs'])} is gone; it is run anew", flush=True)
+        shutil.rmtree(directory)
+
+
+def _run(stage: Stage, title: str, stages: Sequence[Stage]) -> None:
+    arguments = _written(stage, stages, lambda other: str(other.directory.resolve()))
+    arguments += [f"hydra.run.dir={_quoted(str(stage.directory.resolve()))}"]
+    if stage.program == "train":
+        arguments += ["ckpt_path=last", "test=false"]
+    print(f"{title}: mmembed-{stage.program} {shlex.join(arguments)}", flush=True)
+    status = run_program(stage.program, arguments)
+    if status != 0:
+        print(f"{title}: ended with status {status}; the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(status)
+
+
+def run_program(program: str, arguments: Sequence[str]) -> int:
+    """Run one of the console scripts, and give its exit status; it ends when this process does.
+
+    Args:
+        program: ``"train"`` or ``"evaluate"``.
+        arguments: Its overrides.
+    """
+    script = Path(sysconfig.get_path("scripts")) / f"mmembed-{program}"
+    child = subprocess.Popen([sys.executable, str(script), *arguments], preexec_fn=_end_with_parent)
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves, and ends with a status of its own
+    try:
+        status = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        child.kill()
+        child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _reference(stage: Stage) -> str:
+    return f"{{{stage.name}}}"
+
+
+def _refers(stage: Stage, other: Stage) -> bool:
+    return any(_reference(other) in override for override in stage.overrides)
+
+
+def _quoted(value: str) -> str:
+    """A value that Hydra takes as it is."""
+    if re.fullmatch(r"[\w./-]+", value):
+        return value
+    before_quotes = re.sub(r"(\\+)('|$)", r"\1\1\2", value)  # elsewhere a backslash is one
+    return "'" + before_quotes.replace("'", "\\'") + "'"
+
+
+def _written(stage: Stage, stages: Sequence[Stage], place: Callable[[Stage], str]) -> list[str]:
+    """The overrides of a stage with places for the stages that they refer to."""
+    written = []
+    for override in stage.overrides:
+        key, _, value = override.partition("=")
+        for other in stages:
+            if _reference(other) in value:
+                value = _quoted(value.replace(_reference(other), place(other)))
+        written.append(f"{key}={value}")
+    return written
+
+
+def _composed(stage: Stage, stages: Sequence[Stage]) -> DictConfig:
+    """A stage's configuration, in which other stages are known by their names."""
+    overrides = _written(stage, stages, lambda other: f"<{other.name}>")
+    overrides += [f"paths.root_dir={_quoted(str(Path.cwd()))}", "paths.output_dir='.'"]
+    if GlobalHydra.instance().is_initialized():
+        return compose(stage.program, overrides)
+    with initialize_config_module("lightning_mmembed.conf", version_base="1.3"):
+        return compose(stage.program, overrides)
+
+
+def _important(cfg: DictConfig) -> dict[str, Any]:
+    """What of a configuration the figures depend on."""
+    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items() if key not in UNIMPORTANT}
+
+
+def _outputs(directory: Path) -> dict[str, str]:
+    return {name: file_sha256(directory / name) for name in OUTPUTS if (directory / name).is_file()}
+
+
+def _starts(cfg: DictConfig) -> dict[str, str]:
+    """The state of the files and folders that a configuration starts from and that are there."""
+    named = [OmegaConf.select(cfg, key) for key in STARTS]
+    flat = [one for value in named for one in (value if isinstance(value, ListConfig) else [value])]
+    places = [str(Path(one).resolve()) for one in flat if isinstance(one, str) and Path(one).exists()]
+    return {place: _state(Path(place)) for place in places}
+
+
+def _state(place: Path) -> str:
+    """Changes with a file, or with the weights or the manifest in a folder; none for what is gone."""
+    files = [place] if place.is_file() else sorted([*place.glob("*.safetensors"), *place.glob("manifest.json")])
+    return fingerprint([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def _moved(starts: Mapping[str, str]) -> bool:
+    return any(_state(Path(place)) != state for place, state in starts.items())
+
+
+def results_table(stages: Sequence[Stage]) -> Table:
+    """What the evaluations found: a row each."""
+    columns = {"hit@5": "union", "modality@1": "union", "ndcg@10": "union", "local hit@5": "local"}
+    table = Table("stage", "data", "queries", *columns, title="Union pool, all tasks alike, in %")
+    for stage in stages:
+        metrics = read_json(stage.directory / "metrics.json")
+        if stage.program != "evaluate" or metrics is None:
+            continue
+        values = (metrics[pool]["average"][name.rpartition(" ")[2]] for name, pool in columns.items())
+        name, _, title = stage.name.rpartition("/")
+        table.add_row(name, title, str(metrics["protocol"]["queries"]), *(f"{100 * value:.1f}" for value in values))
+    return table
