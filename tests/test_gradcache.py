@@ -34,6 +34,7 @@ from worlds import tiny_module, tiny_trainer
 from lightning_mmembed import MBEIRDataModule, RetrievalModule
 from lightning_mmembed.distributed import Processes
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.sharded_checkpoints import whole
 from lightning_mmembed.strategies import FSDP2Strategy
 
 TOLERANCE = 1e-5
@@ -242,3 +243,26 @@ def test_processes_accumulate_the_mean_of_the_gradients_of_their_batches(tiny_ch
         for rank in range(2):
             found = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             assert max(error(found, right)) <= TOLERANCE, (name, rank)
+
+
+def clip(processes: Processes, checkpoint: Path, directory: Path, limit: float) -> None:
+    for name, strategy in STRATEGIES.items():
+        module = with_sgd(build_encoder(checkpoint), 80)
+        before = weights(module)
+        batches = [batch_of(module.encoder, WORLDS[0][processes.rank], 80)]
+        fit(directory, module, batches, devices=processes.size, strategy=strategy(), gradient_clip_val=limit)
+        after = {name: whole(value.detach()) for name, value in module.encoder.named_parameters()}
+        moved = {weight: (before[weight] - after[weight]) / 0.1 for weight in before}
+        torch.save(moved, directory / f"{name}-{processes.rank}.pt")
+
+
+@pytest.mark.slow
+def test_processes_clip_the_gradient_of_all_of_them_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    right = oracle_gradients(build_encoder(tiny_checkpoint), WORLDS[0])
+    limit = norm(right.values()) / 7
+    in_processes(2, clip, tiny_checkpoint, tmp_path, limit)
+    for name in STRATEGIES:
+        for rank in range(2):
+            moved = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            assert norm(moved[weight] for weight in right) == pytest.approx(limit, rel=1e-4), (name, rank)
+            assert error(moved, {weight: value / 7 for weight, value in right.items()})[0] < 1e-4, (name, rank)
