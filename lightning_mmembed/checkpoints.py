@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mmembed.encoders.adapters import check_base, fingerprints, frozen_names, shapes, without_frozen
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.sharded_checkpoints import load_whole_weights
+from lightning_mmembed.sharded_checkpoints import load_whole_weights, local
 
 PREFIX = "encoder."
 #: Key of the fingerprints of the frozen weights in a checkpoint.
@@ -104,13 +104,17 @@ def borrowed_weights(encoder: Encoder, ckpt_path: str | Path) -> Iterator[None]:
         encoder: The encoder, whole or sharded; it must not be trained meanwhile.
         ckpt_path: See :func:`read_encoder_weights`.
     """
-    borrowed = read_encoder_weights(encoder, ckpt_path)
-    own = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
+    borrowed, frozen = read_encoder_weights(encoder, ckpt_path), frozen_names(encoder)
+    # Each process keeps its part, on the CPU: beside a large model there is no room for a second one. Frozen weights
+    # are the same in both.
+    shards = {name: local(value.detach()) for name, value in encoder.state_dict().items() if name not in frozen}
+    own = {name: value.cpu().clone() for name, value in shards.items()}
     try:
         load_whole_weights(encoder, borrowed)
         yield
     finally:
-        load_whole_weights(encoder, own)
+        for name, value in own.items():
+            shards[name].copy_(value)
 
 
 def read_encoder_weights(encoder: Encoder, ckpt_path: str | Path) -> dict[str, Tensor]:

@@ -71,10 +71,13 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 
 def _last_checkpoint(cfg: DictConfig) -> Path | None:
     """The run's own last checkpoint; None if it has not saved any."""
+    from lightning_mmembed.files import locked
     from lightning_mmembed.sharded_checkpoints import finish_replacing
 
     path = Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt"
-    finish_replacing(path)
+    if path.parent.is_dir():
+        with locked(path):  # several processes begin at once
+            finish_replacing(path)
     return path if path.exists() else None
 
 

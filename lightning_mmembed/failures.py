@@ -7,6 +7,8 @@ import signal
 import traceback
 from collections.abc import Iterator
 
+import torch
+
 from lightning_mmembed.errors import RunStoppedError
 
 #: What torch says when a worker of a DataLoader is gone.
@@ -16,6 +18,9 @@ _WORKER = re.compile(
 _WORKER_GONE = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) exited unexpectedly")
 #: What Gloo says when the process at the other end is gone.
 _PEER = re.compile(r"Connection (closed by peer|reset by peer|refused)|Broken pipe")
+
+#: What NCCL says then, where it lets Python say anything.
+_NCCL = re.compile(r"NCCL (?:error|communicator was aborted)|ncclRemoteError|ncclSystemError")
 
 _CAUSES = {
     "Killed": "most often the system, because memory ran out (its log tells: dmesg); use fewer workers or smaller "
@@ -50,7 +55,12 @@ def run_failure(error: BaseException) -> str | None:
         return _worker(found["pids"], *(("is gone", _GONE) if name is None else _died(name)))
     if any(isinstance(link, (EOFError, ConnectionError)) and _while_waiting(link) for link in chain):
         return _worker("of an unknown number", "is gone", _GONE)
-    if "gloo" in told and _PEER.search(told):
+    if (memory := next((link for link in chain if isinstance(link, torch.OutOfMemoryError)), None)) is not None:
+        return (
+            f"the device has no memory left ({str(memory).partition('.')[0]}); lower model.mini_batch_num_tokens (it "
+            "switches GradCache on) or data.batch_size, or set model.encoder.gradient_checkpointing=true"
+        )
+    if ("gloo" in told and _PEER.search(told)) or _NCCL.search(told):
         return "another process of this run has ended, and this one cannot go on without it; its own message says why"
     return None
 

@@ -91,11 +91,13 @@ class RetrievalModule(LightningModule):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFileIO()
-        if self.mini_batch_num_tokens is not None and not isinstance(strategy, EXACT_STRATEGIES):
+        exact = isinstance(strategy, EXACT_STRATEGIES) and not getattr(strategy, "_ddp_kwargs", {}).get("static_graph")
+        if self.mini_batch_num_tokens is not None and not exact:
             raise UserInputError(
                 f"mini_batch_num_tokens={self.mini_batch_num_tokens} cannot be used with {type(strategy).__name__}: "
                 "GradCache runs several backward passes in a step, which it does not allow (FSDP1 fails an assertion, "
-                "others exchange the gradients of the first one only); use one device, DDP or FSDP2"
+                "others exchange the gradients of the first one only); use one device, DDP without static_graph, or "
+                "FSDP2"
             )
         # The loss has no part in GradCache's last pass, in which DDP exchanges gradients: `backward` sees to its own.
         own = [f"loss.{name}" for name, _ in self._loss_weights()]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_mmembed.data.batches import TrainingBatch
 from lightning_mmembed.distributed import Processes
@@ -19,6 +18,7 @@ from lightning_mmembed.encoders.processor import Bucket, EncoderInputs
 from lightning_mmembed.errors import RunStoppedError, UserInputError
 from lightning_mmembed.files import replacing
 from lightning_mmembed.items import decode_id
+from lightning_mmembed.sharded_checkpoints import local
 
 _VERSIONED = ("lightning-mmembed", "torch", "lightning", "transformers")
 
@@ -101,7 +101,7 @@ def refuse_nonfinite(
         write_reproducer(moment, processes.rank, batch, wrong, loss)
     # Waits for the others, so every file is whole whichever process ends first.
     ids = _ids_of_all(processes, batch, wrong & (processes.rank in concerned))
-    broken = processes.any(not all(torch.isfinite(_local(weight)).all() for weight in weights))
+    broken = processes.any(not all(torch.isfinite(local(weight)).all() for weight in weights))
     if save is not None:
         save(moment.directory / f"{moment.name}.ckpt")
     raise NonFiniteError(_message(moment, ids, loss is None, broken, save is not None))
@@ -134,10 +134,6 @@ def _ids_of_all(processes: Processes, batch: TrainingBatch, wrong: Tensor) -> st
         f"process {rank}: queries {' '.join(queries) or 'none'}; candidates {' '.join(candidates) or 'none'}"
         for rank, (queries, candidates) in sorted(lines.items())
     )
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def write_reproducer(moment: Moment, rank: int, batch: TrainingBatch, wrong: Tensor, loss: Tensor | None) -> Path:

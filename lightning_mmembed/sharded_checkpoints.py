@@ -121,6 +121,12 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def local(value: Tensor) -> Tensor:
+    """This process's part of a tensor, which is all of it where it is not sharded."""
+    part: Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return part
+
+
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that all of them have, where ``like`` is sharded; else the tensor."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):

@@ -26,7 +26,7 @@ from contrast_worlds import (
 )
 from distributed_worlds import in_processes
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from worlds import tiny_module, tiny_trainer
@@ -213,6 +213,9 @@ def test_it_is_refused_under_a_strategy_whose_gradient_would_be_another(tiny_che
     trainer._accelerator_connector.strategy = FSDPStrategy()  # a Trainer asks for a GPU before it takes it
     module.trainer = trainer
     with pytest.raises(UserInputError, match="tokens=80 cannot be used with FSDPStrategy: GradCache runs several"):
+        module.setup("fit")
+    trainer._accelerator_connector.strategy = DDPStrategy(static_graph=True)
+    with pytest.raises(UserInputError, match=r"DDPStrategy: .* DDP without static_graph"):
         module.setup("fit")
     module.mini_batch_num_tokens = None
     module.setup("fit")

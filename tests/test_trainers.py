@@ -7,11 +7,13 @@ from typing import Any
 
 import hydra
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.module import EXACT_STRATEGIES
 from lightning_mmembed.strategies import FSDP2Strategy
 
@@ -76,3 +78,11 @@ def test_a_job_has_as_many_nodes_gpus_and_processes_as_the_trainer(overrides: li
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (3, 4, 4)
     assert (launcher.name, launcher.partition) == ("train", "long")
     OmegaConf.to_container(config.trainer, resolve=True)
+
+
+def test_a_torch_that_is_too_old_for_fsdp2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.8.1+cu128")
+    with pytest.raises(UserInputError, match=r"FSDP2 needs torch 2.9 or newer; this is 2.8.1"):
+        FSDP2Strategy()
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    FSDP2Strategy()

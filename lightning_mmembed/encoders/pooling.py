@@ -67,10 +67,11 @@ class LatentAttentionPooling(nn.Module):
 
     def _attend(self, states: Tensor) -> Tensor:
         parts = (self.to_q(states), *self.to_kv(self.latent_norm(self.latents)).chunk(2, dim=-1))
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3) for x in parts)
-        key, value = (x.expand(len(query), -1, -1, -1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value)
-        attended: Tensor = self.to_out(out.transpose(-2, -3).flatten(-2))
+        # All states of the batch as one item's: the latents are the same for every item, and their gradient would be
+        # held once for each of them.
+        query, key, value = (x.flatten(0, -2).unflatten(-1, (self.num_heads, -1)).transpose(0, 1) for x in parts)
+        out = F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
+        attended: Tensor = self.to_out(out.transpose(0, 1).flatten(1)).view_as(states)
         return attended
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -26,6 +26,7 @@ def evaluate_vectors(
     k: int = RUN_DEPTH,
     search: SearchSettings = EXACT,
     processes: Processes = ALONE,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> RetrievalResult:
     """Rank and score all tasks over the union pool and, where they have one, their local pool.
 
@@ -41,6 +42,7 @@ def evaluate_vectors(
         k: Depth of the rankings; at least the depth of every metric.
         search: How to search.
         processes: Those that share out the queries.
+        heartbeat: Called after every block of the pool that was searched.
 
     Returns:
         The rankings and values of every task; ``search_info`` holds the measured recall of an approximate search.
@@ -56,7 +58,7 @@ def evaluate_vectors(
         local = pool.local.get(queries.task.name)
         pools.append({"union": None} if local is None else {"union": None, "local": local})
     subsets = [list(where.values()) for where in pools]
-    rankings, info = _search(query_vectors, subsets, pool_vectors, k, search, processes)
+    rankings, info = _search(query_vectors, subsets, pool_vectors, k, search, processes, heartbeat)
     results = {}
     for queries, where, found in zip(query_sets, pools, rankings, strict=True):
         results[queries.task.name] = score_task(queries, pool, dict(zip(where, found, strict=True)), metrics)
@@ -70,6 +72,7 @@ def _search(
     k: int,
     settings: SearchSettings,
     processes: Processes,
+    heartbeat: Callable[[], object],
 ) -> tuple[list[list[Ranking]], dict[str, Any]]:
     if settings.backend == "ivf":
         from lightning_mmembed.retrieval.faiss_search import ivf_search
@@ -80,7 +83,7 @@ def _search(
             found = ivf_search(list(zip(whole, subsets, strict=True)), pool, k, settings)
         return cast(tuple[list[list[Ranking]], dict[str, Any]], processes.broadcast(found))
     shares = [rows_of(some, processes.share(len(some))) for some in queries]
-    rankings = search_pool(list(zip(shares, subsets, strict=True)), pool, k, settings)
+    rankings = search_pool(list(zip(shares, subsets, strict=True)), pool, k, settings, heartbeat)
     gather = processes.gather
     return [[Ranking(gather(some.scores), gather(some.rows)) for some in lists] for lists in rankings], {}
 
@@ -100,5 +103,13 @@ def evaluate_retrieval(
     device. ``made_by`` is the fingerprint of the encoder, which takes reading all its weights.
     """
     pool_vectors, query_vectors = store.embed_pool(encoder, pool, made_by, query_sets)
-    search, processes = search.on(encoder.device), store.processes
-    return evaluate_vectors(pool, pool_vectors, query_sets, query_vectors, metrics, search=search, processes=processes)
+    return evaluate_vectors(
+        pool,
+        pool_vectors,
+        query_sets,
+        query_vectors,
+        metrics,
+        search=search.on(encoder.device),
+        processes=store.processes,
+        heartbeat=store.heartbeat,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ def mine_vectors(
     search: SearchSettings = EXACT,
     processes: Processes = ALONE,
     check: PoolAndQueries | None = None,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Mine hard negatives for every query; see :func:`~lightning_mmembed.mining.mine_rankings`.
 
@@ -50,6 +51,7 @@ def mine_vectors(
         search: How to search; an approximate search is refused, since the rule goes by ranks.
         processes: Those that share out the queries.
         check: The same vectors by another model, where the rule asks for its scores.
+        heartbeat: Called after every block of the pool that was searched.
 
     Returns:
         A column for each name of the negatives' schema (qid, did, kind, rank, score), and by task an audit
@@ -58,7 +60,8 @@ def mine_vectors(
     shares = [processes.share(len(vectors)) for vectors in query_vectors]
     local = [rows_of(vectors, share) for vectors, share in zip(query_vectors, shares, strict=True)]
     ignored = max((len(some) for queries in query_sets for some in queries.ignored or ()), default=0)
-    rankings = search_pool([(vectors, (None,)) for vectors in local], pool_vectors, rule.k + ignored, search)
+    requests = [(vectors, (None,)) for vectors in local]
+    rankings = search_pool(requests, pool_vectors, rule.k + ignored, search, heartbeat)
     parts, audit = [], {}
     for i, (queries, (ranking,)) in enumerate(zip(query_sets, rankings, strict=True)):
         others = None if check is None else (check[0], rows_of(check[1][i], shares[i]))
@@ -174,7 +177,8 @@ def mine_negatives(
     pool_vectors, query_vectors = store.embed_pool(encoder, pool, made_by, query_sets)
     others = None if check is None else store.embed_pool(check[0], pool, check[1], query_sets)
     search = search.on(encoder.device)
-    return mine_vectors(pool, pool_vectors, query_sets, query_vectors, rule, search, store.processes, others)
+    shared = (store.processes, others, store.heartbeat)
+    return mine_vectors(pool, pool_vectors, query_sets, query_vectors, rule, search, *shared)
 
 
 def mining_facts(

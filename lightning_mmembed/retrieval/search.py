@@ -9,7 +9,7 @@ float64. So scores and order depend on nothing but the vectors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +109,11 @@ def exact_search(
 
 @torch.no_grad()
 def search_pool(
-    requests: Sequence[Request], pool: Tensor | Vectors, k: int, settings: SearchSettings = EXACT
+    requests: Sequence[Request],
+    pool: Tensor | Vectors,
+    k: int,
+    settings: SearchSettings = EXACT,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> list[list[Ranking]]:
     """Rank the pool by inner product for many sets of queries, over the whole pool and parts of it, in one pass.
 
@@ -126,6 +130,7 @@ def search_pool(
         pool: ``(N, D)`` vectors. Vectors of lower precision than float32 are raised to it, block by block.
         k: Depth of the rankings; a list that runs out of candidates is padded.
         settings: Backend, block sizes and device.
+        heartbeat: Called after every block of the pool.
 
     Returns:
         For each request one :class:`Ranking` for each subset, of depth ``k``, on the CPU.
@@ -141,7 +146,7 @@ def search_pool(
     requests = [(queries.to(device), subsets) for queries, subsets in requests]
     norms = [query_norms(queries, settings.query_block) for queries, _ in requests]
     with full_float32():
-        found, largest = _pass(requests, pool, k + MARGIN, settings, scan, Best)
+        found, largest = _pass(requests, pool, k + MARGIN, settings, scan, Best, heartbeat)
         shortlists, unsettled = [], []
         for norm, lists in zip(norms, found, strict=True):
             window = float32_window(norm, largest, pool.shape[1])
@@ -149,7 +154,7 @@ def search_pool(
             shortlists.append([rows for rows, _ in pairs])
             unsettled.append([queries for _, queries in pairs])
         rankings = rank_rows(requests, shortlists, pool, k, settings.pool_block)
-        _search_again(requests, unsettled, pool, k, rankings, settings)
+        _search_again(requests, unsettled, pool, k, rankings, settings, heartbeat)
     return rankings
 
 
@@ -205,6 +210,7 @@ def _pass(
     settings: SearchSettings,
     scan: Scan,
     kind: type[Best],
+    heartbeat: Callable[[], object],
 ) -> tuple[list[list[Best]], float]:
     """Offer every block of the pool to every list; also gives the largest norm in the pool."""
     device = requests[0][0].device if requests else torch.device("cpu")
@@ -218,6 +224,7 @@ def _pass(
             for first in range(0, len(queries) if held else 0, settings.query_block):
                 part = queries[first : first + settings.query_block].float()
                 scan(part, block, start, slice(first, first + len(part)), held)
+        heartbeat()
     return found, largest
 
 
@@ -324,6 +331,7 @@ def _search_again(
     k: int,
     rankings: list[list[Ranking]],
     settings: SearchSettings,
+    heartbeat: Callable[[], object],
 ) -> None:
     """Rank the pool for the queries that are not settled, by canonical scores alone, and put that in their rankings."""
     left = [(i, j, queries) for i, some in enumerate(unsettled) for j, queries in enumerate(some) if len(queries)]
@@ -332,7 +340,7 @@ def _search_again(
     again = [(requests[i][0][queries], [requests[i][1][j]]) for i, j, queries in left]
     # Twice as wide numbers, and several of them for each score.
     smaller = dataclasses.replace(settings, query_block=max(1, settings.query_block // 4))
-    found, _ = _pass(again, pool, k, smaller, scan_exactly, ExactBest)
+    found, _ = _pass(again, pool, k, smaller, scan_exactly, ExactBest, heartbeat)
     for (i, j, queries), (best,) in zip(left, found, strict=True):
         rankings[i][j].scores[queries.cpu()] = best.scores.cpu()
         rankings[i][j].rows[queries.cpu()] = best.rows.cpu()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from distributed_worlds import in_processes
 from dying_workers import DEATHS, tell
 from lightning.pytorch import Callback, Trainer
@@ -160,6 +161,18 @@ def test_an_error_of_the_program_is_told_as_one() -> None:
     ):
         assert run_failure(error) is None
         assert user_error(error) is None
+
+
+def test_a_device_without_memory_is_told_with_what_takes_less() -> None:
+    told = run_failure(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."))
+    assert told is not None
+    assert told.startswith("the device has no memory left (CUDA out of memory); lower model.mini_batch_num_tokens")
+
+
+def test_a_peer_that_is_gone_is_told_under_nccl_too() -> None:
+    told = run_failure(RuntimeError("NCCL communicator was aborted on rank 1."))
+    assert told is not None
+    assert told.startswith("another process of this run has ended")
 
 
 @pytest.mark.slow  # runs the command

@@ -334,3 +334,10 @@ def test_peak_memory_does_not_grow_with_the_pool(tmp_path: Path) -> None:
     small, large = map(float, output.split())
     # 38 parts more are 76 MiB as stored, 152 MiB in float32, and 38 MiB of scores.
     assert large - small < 25
+
+
+def test_a_heartbeat_follows_every_block_of_the_pool() -> None:
+    beats: list[int] = []
+    pool = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    search_pool([(pool[:3], (None,))], pool, 5, SearchSettings(pool_block=30), lambda: beats.append(1))
+    assert len(beats) == 4
