@@ -99,7 +99,10 @@ SMALL = [*PETS, *(f"model.encoder.architecture.{name}={value}" for name, value i
             "shard_main", ["source={world}/source"], ["Missing mandatory value: out"], id="shards without out"
         ),
         pytest.param(
-            "shard_main", ["source={world}", "out={world}/new"], ["query is missing"], id="shards of another folder"
+            "shard_main",
+            ["source={world}", "out={world}/new"],
+            ["is neither a folder with query/ and cand_pool/"],
+            id="shards of another folder",
         ),
     ],
 )
