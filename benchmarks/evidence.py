@@ -106,7 +106,7 @@ EVALUATIONS = {
         "text": ("data.shards=[${paths.data_dir}/shards/emoji_texts]",),
     },
 }
-TWICE = {"mini": 6, "emoji": 2}
+TWICE = {"mini": 4, "emoji": 2}
 
 
 def folder(dataset: str, seed: int) -> Path:

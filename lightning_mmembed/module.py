@@ -21,12 +21,12 @@ from lightning_mmembed.checkpoints import check_settings, drop_frozen, restore_f
 from lightning_mmembed.data.batches import TrainingBatch
 from lightning_mmembed.distributed import Processes
 from lightning_mmembed.encoders.base import Encoder
+from lightning_mmembed.encoders.lockstep import idle_pass
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.encoders.sharding import is_sharded, shard
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.gradcache import GradCache, seeded
-from lightning_mmembed.items import Candidate, Item
 from lightning_mmembed.losses import (
     batch_arguments,
     contrastive_loss,
@@ -203,8 +203,9 @@ class RetrievalModule(LightningModule):
         passes = inputs.passes()
         if is_sharded(self.encoder):
             # Each pass is a meeting of all processes: those with fewer passes than others run some for nothing.
-            idle = self.encoder.processor([Candidate(Item(text=""), "")]).to(inputs.order.device)
-            passes += [idle] * (self._processes.largest(len(passes)) - len(passes))
+            missing = self._processes.largest(len(passes)) - len(passes)
+            if missing:
+                passes += [idle_pass(self.encoder).to(inputs.order.device)] * missing
         cache = GradCache(self.forward, passes, seed)
         rows = cache.vectors[: len(inputs)]
         return torch.zeros_like(rows).index_copy(0, inputs.order, rows), cache

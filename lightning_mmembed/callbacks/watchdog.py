@@ -97,7 +97,7 @@ class Watchdog(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Note which queries are validated."""
+        """Note which queries are evaluated."""
         self._in_batch(trainer, batch, batch_idx)
 
     def on_validation_batch_end(
@@ -112,23 +112,7 @@ class Watchdog(Callback):
         """Note that the batch is done."""
         self._after_batch(trainer, batch_idx)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Note which queries are tested."""
-        self._in_batch(trainer, batch, batch_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Note that the batch is done."""
-        self._after_batch(trainer, batch_idx)
+    on_test_batch_start, on_test_batch_end = on_validation_batch_start, on_validation_batch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the process to its error."""

@@ -17,8 +17,8 @@ from lightning_mmembed.encoders.loading import (
     POOLING_FILE,
     SETTINGS_FILE,
     find_file,
-    load_backbone,
     load_config,
+    load_model,
     load_tokenizer,
     quantization,
     read_json,
@@ -109,10 +109,10 @@ class Checkpoint:
         return family
 
     def backbone(self, family: Family, quantization_config: Any, **options: Any) -> Any:
-        """The model without its language-model head; see :func:`load_backbone`."""
+        """The model without its language-model head; see :func:`load_model`."""
         ignored = (mm_embed.LATENT_ATTENTION,) if mm_embed.is_released(self.config) else ()
         options["quantization_config"] = quantization(quantization_config, (family.vision, family.projector))
-        backbone = load_backbone(self.base, self.config, ignored, **options)
+        backbone = load_model(self.base, self.config, ignored, **options)
         if isinstance(family, Generic):
             family.find_parts(backbone)
         return backbone

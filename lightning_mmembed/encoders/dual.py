@@ -21,8 +21,8 @@ from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.families import Family, Picture
 from lightning_mmembed.encoders.loading import (
     SETTINGS_FILE,
-    load_backbone,
     load_config,
+    load_model,
     load_tokenizer,
     read_json,
     reading,
@@ -96,7 +96,7 @@ class DualEncoder(Encoder):
             prompts = FusionPrompts(tokenizer, saved if max_length is None else max_length, positions)
             prompts.pad_to = positions if config.model_type == "siglip" else 0
             processor = ItemProcessor(prompts, WholePictures(path, config, tokenizer), length_buckets)
-            return cls(load_backbone(path, config, dtype=dtype), processor)
+            return cls(load_model(path, config, dtype=dtype), processor)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write weights, tokenizer and image settings, as transformers reads them too.

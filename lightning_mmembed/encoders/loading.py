@@ -61,13 +61,16 @@ def load_tokenizer(path: str) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def load_backbone(path: str, config: PretrainedConfig, ignored: tuple[str, ...] = (), **options: Any) -> Any:
-    """Load a model without its language-model head.
+def load_model(
+    path: str, config: PretrainedConfig, ignored: tuple[str, ...] = (), auto: Any = AutoModel, **options: Any
+) -> Any:
+    """Load a model.
 
     Args:
         path: A directory or a hub id.
         config: The configuration.
         ignored: Parts of names of weights that the checkpoint holds for somebody else.
+        auto: The class of transformers that finds the model's own; by default it has no language-model head.
         **options: Further arguments of ``from_pretrained``.
 
     Raises:
@@ -78,7 +81,7 @@ def load_backbone(path: str, config: PretrainedConfig, ignored: tuple[str, ...] 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)  # the check below takes the place of its report on the weights
     try:
-        backbone, info = AutoModel.from_pretrained(
+        model, info = auto.from_pretrained(
             path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except (ImportError, RuntimeError) as error:
@@ -91,8 +94,8 @@ def load_backbone(path: str, config: PretrainedConfig, ignored: tuple[str, ...] 
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    check_weights(path, type(backbone).__name__, info, ignored)
-    return backbone
+    check_weights(path, type(model).__name__, info, ignored)
+    return model
 
 
 def check_dtype(dtype: Any) -> None:

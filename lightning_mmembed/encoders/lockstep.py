@@ -17,6 +17,11 @@ from lightning_mmembed.items import Candidate, Item
 Encode = Callable[[EncoderInputs], Tensor]
 
 
+def idle_pass(encoder: Encoder) -> EncoderInputs:
+    """A pass for nothing: an empty text."""
+    return encoder.processor([Candidate(Item(text=""), "")])
+
+
 @contextlib.contextmanager
 def lockstep(encoder: Encoder, processes: Processes, encode: Encode) -> Iterator[Encode]:
     """Let processes encode as many items as each of them has, without waiting for each other where they need not.
@@ -46,4 +51,4 @@ def lockstep(encoder: Encoder, processes: Processes, encode: Encode) -> Iterator
 
     yield encode_all
     while together and processes.any(False):
-        encode(encoder.processor([Candidate(Item(text=""), "")]))
+        encode(idle_pass(encoder))

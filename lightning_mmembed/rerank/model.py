@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache, PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from lightning_mmembed.encoders.families import FAMILIES, Family, Generic, LlavaNext, family_of
 from lightning_mmembed.encoders.families.idefics import Idefics3
 from lightning_mmembed.encoders.families.internvl import InternVL
 from lightning_mmembed.encoders.families.qwen import QwenVL
-from lightning_mmembed.encoders.loading import check_dtype, check_weights
+from lightning_mmembed.encoders.loading import load_model
 from lightning_mmembed.errors import UserInputError
 
 #: Families whose attention is causal throughout, so that what comes first does not depend on what follows.
@@ -52,7 +50,7 @@ def context(config: PretrainedConfig, max_length: int | None) -> int:
     return readable if max_length is None else max_length
 
 
-def load_model(path: str, config: PretrainedConfig, family: Family, **options: Any) -> Any:
+def load_generator(path: str, config: PretrainedConfig, family: Family, **options: Any) -> Any:
     """Load a model with its language-model head.
 
     Args:
@@ -65,22 +63,7 @@ def load_model(path: str, config: PretrainedConfig, family: Family, **options: A
         UserInputError: If the checkpoint lacks weights, or holds some that the model has no use for, or an option
             needs a package that is not installed, or ``dtype`` is no type of weights.
     """
-    check_dtype(options.get("dtype", "auto"))
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)  # the check below takes the place of its report on the weights
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
-    except ImportError as error:
-        raise UserInputError(
-            f"checkpoint {path!r} cannot be loaded with attn_implementation={options.get('attn_implementation')!r}: "
-            f"{error} Install what it names, or leave it out"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    model, info = loaded
-    check_weights(path, type(model).__name__, info)
+    model = load_model(path, config, auto=AutoModelForImageTextToText, **options)
     if isinstance(family, Generic):
         family.find_parts(model.model)
     return model

@@ -22,7 +22,7 @@ from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.items import TASK_MODALITIES, Candidate, Item, Modality, Query, Task
 from lightning_mmembed.rerank.inputs import PairProcessor, Pairs, Row, cheapest_passes, label_ids
-from lightning_mmembed.rerank.model import context, copies, load_model, read_family, shares_prefix, states_of
+from lightning_mmembed.rerank.model import context, copies, load_generator, read_family, shares_prefix, states_of
 from lightning_mmembed.rerank.prompts import Prompts, PromptWriter, read_frame
 from lightning_mmembed.rerank.store import pair_key
 
@@ -105,7 +105,7 @@ class ZeroShotReranker:
             longest = context(config, max_length)
             processor = PairProcessor(tokenizer, family, writer, longest)
             label_ids(tokenizer, writer.frame, labels)  # before minutes of loading weights
-            model = load_model(path, config, family, dtype=dtype, attn_implementation=attn_implementation)
+            model = load_generator(path, config, family, dtype=dtype, attn_implementation=attn_implementation)
         return cls(model if device is None else model.to(device), processor, labels, tokens_per_batch)
 
     @property

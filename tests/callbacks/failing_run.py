@@ -38,7 +38,8 @@ class Spoiler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx != 1:
             return
-        print(json.dumps([trainer.global_rank, [decode_id(code) for code in batch.query_ids.tolist()]]), flush=True)
+        line = json.dumps([trainer.global_rank, [decode_id(code) for code in batch.query_ids.tolist()]])
+        print(line + "\n", end="", flush=True)  # one write, whatever the buffering: all processes share the file
         how = self.spoil.get(str(trainer.global_rank))
         if how == "sleeps":
             time.sleep(FOR_EVER)
