@@ -87,11 +87,9 @@ def bare(encoder: MLLMEncoder, pool: Pool, sets: list[QuerySet]) -> None:
     search_pool([(encoder.encode(some.queries), (None,)) for some in sets], vectors, DEPTH)
 
 
-def mining(
-    encoder: MLLMEncoder, pool: Pool, sets: list[QuerySet], rule: MiningRule, out: Path, batch_size: int
-) -> None:
+def mining(encoder: MLLMEncoder, pool: Pool, sets: list[QuerySet], rule: MiningRule, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as vectors:
-        store, made_by = VectorStore(vectors, batch_size, show_progress=False), encoder_fingerprint(encoder)
+        store, made_by = VectorStore(vectors, show_progress=False), encoder_fingerprint(encoder)
         columns, audit = mine_negatives(encoder, pool, sets, store, made_by, rule)
         write_negatives(out, columns, mining_facts(store, pool, sets, made_by, rule), audit)
 
@@ -144,7 +142,7 @@ def measure(method: str, folder: Path, options: argparse.Namespace) -> dict[str,
     if method == "bare":
         bare(encoder, pool, sets)
     elif run is None:
-        mining(encoder, pool, sets, rule, out, options.batch_size)
+        mining(encoder, pool, sets, rule, out)
     else:
         (folder / "theirs.json").write_text(json.dumps(run()))
     found = {"seconds": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
@@ -175,7 +173,7 @@ def agreement(folder: Path, shards: Shards) -> float:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    given = [f"--shards={options.shards}", f"--device={options.device}", f"--batch-size={options.batch_size}"]
+    given = [f"--shards={options.shards}", f"--device={options.device}"]
     given += [f"--checkpoint={options.checkpoint}"] if options.checkpoint else []
     for pair in PAIRS:
         runs: dict[str, list[dict[str, float]]] = {method: [] for method in pair}
@@ -209,7 +207,6 @@ def main() -> None:
     parser.add_argument("--shards", help="folder of shards; by default those of the built-in benchmark, made anew")
     parser.add_argument("--checkpoint", help="an encoder; by default the tiny one")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch-size", type=int, default=256, help="items that mining reads at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()

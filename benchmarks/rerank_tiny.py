@@ -85,7 +85,7 @@ class Lists:
             for queries in shards.query_sets("train")
             if TASK_MODALITIES[queries.task.task_id][0] is Modality.IMAGE_TEXT
         ]
-        store = VectorStore(out / "vectors", batch_size=256, num_workers=0, dtype="float32")
+        store = VectorStore(out / "vectors", num_workers=0, dtype="float32")
         found = evaluate_retrieval(encoder, pool, sets, store, encoder_fingerprint(encoder), ["hit@1"])
         self.entries: list[tuple[Query, list[int], list[int]]] = []
         self.of_task: dict[Task | None, list[int]] = {}

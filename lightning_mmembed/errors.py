@@ -1,5 +1,8 @@
 """The exceptions that mean something to the user: wrong input, and a run that had to stop."""
 
+#: Exit status of a run that is to be started again (``EX_TEMPFAIL`` of ``sysexits.h``).
+TRY_AGAIN = 75
+
 
 class UserInputError(ValueError):
     """Wrong input from the user: a file, a record, an option or a checkpoint.

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.table import Table
 
-from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.errors import TRY_AGAIN, UserInputError
 from lightning_mmembed.files import file_sha256, fingerprint, read_json, write_atomically
 
 STAGE_FILE = "stage.json"
@@ -166,16 +167,27 @@ def run_program(program: str, arguments: Sequence[str]) -> int:
     Args:
         program: ``"train"`` or ``"evaluate"``.
         arguments: Its overrides.
+
+    Returns:
+        Its status, as a shell gives it; never 0 where SIGTERM has asked both to end.
     """
     script = Path(sysconfig.get_path("scripts")) / f"mmembed-{program}"
     child = subprocess.Popen([sys.executable, str(script), *arguments], preexec_fn=_end_with_parent)
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves, and ends with a status of its own
+    asked = threading.Event()
+
+    def end(*_: object) -> None:
+        asked.set()
+        child.terminate()  # it saves, and ends with a status of its own
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         status = child.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
         child.kill()
         child.wait()
+    if asked.is_set() and status == 0:
+        return TRY_AGAIN  # it was at its end, or took no notice: nothing is begun after it
     return status if status >= 0 else 128 - status
 
 

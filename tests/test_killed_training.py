@@ -29,7 +29,7 @@ from worlds import tiny_module, tiny_trainer
 
 from lightning_mmembed import HardNegativeMining, MBEIRDataModule
 from lightning_mmembed.callbacks import PreemptionCheckpoint
-from lightning_mmembed.callbacks.preemption import TRY_AGAIN
+from lightning_mmembed.errors import TRY_AGAIN
 from lightning_mmembed.files import replacing
 from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.sharded_checkpoints import finish_replacing, whole

@@ -23,7 +23,7 @@ from worlds import ARCHITECTURE, write_pets
 from lightning_mmembed.cli_shard import shard
 from lightning_mmembed.data import Shards
 from lightning_mmembed.data.batches import TrainingBatches
-from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.errors import TRY_AGAIN, UserInputError
 from lightning_mmembed.files import file_sha256
 from lightning_mmembed.stages import (
     STAGE_FILE,
@@ -33,6 +33,7 @@ from lightning_mmembed.stages import (
     _quoted,
     _starts,
     is_finished,
+    run_program,
     run_stages,
     stages_of,
 )
@@ -103,6 +104,15 @@ def test_a_recipe_is_not_started_by_one_of_several_processes(tmp_path: Path, mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserInputError, match="run the stages one by one"):
         run_stages(recipe("mini/", tmp_path))
+
+
+def test_nothing_is_begun_after_a_stage_that_ends_well_although_it_was_asked_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", "os.kill(os.getppid(), signal.SIGTERM)")
+    (tmp_path / "mmembed-evaluate").write_text("\n".join(["import os, signal, sys", *lines, "signal.pause()"]))
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert run_program("evaluate", []) == TRY_AGAIN
 
 
 def test_a_folder_that_no_stage_wrote_is_left_alone(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class RetrievalEvaluation(Callback):
         instruction: Which of the prompts every query gets: its place, from 0; ``"random"``, drawn for each query; or
             ``"all"``: evaluate with each of them, as many as the task with the fewest has, and average.
         instruction_seed: Of the draw.
-        batch_size: Items per pass of the encoder.
+        batch_size: The most items in a pass of the encoder; by default as many as its budget of positions holds.
         num_workers: Processes that read and prepare items.
         dtype: Precision of the stored vectors, ``"float16"`` or ``"float32"``.
         search: How to search, as :class:`SearchSettings` or its arguments; by default exactly, with torch.
@@ -57,7 +57,7 @@ class RetrievalEvaluation(Callback):
         before_fit: bool = False,
         instruction: int | str = 0,
         instruction_seed: int = 0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         num_workers: int = 0,
         dtype: str = "float16",
         search: SearchSettings | Mapping[str, Any] | None = None,

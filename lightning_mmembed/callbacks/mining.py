@@ -40,7 +40,7 @@ class HardNegativeMining(Callback):
         rule: Which candidates are negatives; by default the rule of MM-Embed. One that needs another model is for
             ``mmembed-mine``.
         pool: Name of the pool that is ranked: ``train``, ``val``, ``test`` or a local one such as ``mscoco_task0/val``.
-        batch_size: Items per pass of the encoder.
+        batch_size: The most items in a pass of the encoder; by default as many as its budget of positions holds.
         num_workers: Processes that read and prepare items.
         dtype: Precision of the stored vectors, ``"float16"`` or ``"float32"``.
         dirpath: Where files are written; by default the Trainer's ``default_root_dir``.
@@ -54,7 +54,7 @@ class HardNegativeMining(Callback):
         ckpt_path: str | Path | None = None,
         rule: MiningRule = PAPER,
         pool: str = TRAIN_POOL,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         num_workers: int = 0,
         dtype: str = "float16",
         dirpath: str | Path | None = None,

@@ -13,10 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mmembed.callbacks.access import output_directory, processes_of
-from lightning_mmembed.errors import UserInputError
-
-#: Exit status of a run that is to be started again (``EX_TEMPFAIL`` of ``sysexits.h``).
-TRY_AGAIN = 75
+from lightning_mmembed.errors import TRY_AGAIN, UserInputError
 
 
 class PreemptionCheckpoint(Callback):

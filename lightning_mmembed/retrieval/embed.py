@@ -6,21 +6,19 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.encoders.base import Encoder, log_truncated
@@ -60,7 +58,7 @@ class VectorStore:
     Args:
         directory: Where the parts lie; a folder below it is used for each fingerprint. Several processes must see the
             same files there.
-        batch_size: Items that are read at once.
+        batch_size: The most items in a pass of the encoder; by default only ``tokens_per_batch`` counts.
         num_workers: Processes that read and prepare items.
         dtype: ``"float16"`` or ``"float32"``, as stored.
         processes: Those that share out the parts. All of them must ask for the same vectors. They wait for each other
@@ -77,7 +75,7 @@ class VectorStore:
     def __init__(
         self,
         directory: str | Path,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         num_workers: int = 0,
         dtype: str = "float16",
         processes: Processes = ALONE,
@@ -185,9 +183,10 @@ class VectorStore:
         # which a process without parts takes part in, too.
         budget = encoder.tokens_per_batch if self.tokens_per_batch is None else self.tokens_per_batch
         loader = DataLoader(
-            cast(Any, _Entries([content.entries for content in contents])),
-            batch_sampler=cast(Any, _Batches(parts, self.batch_size)),
-            collate_fn=partial(encoder.processor, tokens_per_batch=budget),
+            _Windows(
+                contents, parts, partial(encoder.processor.windows, tokens_per_batch=budget, batch_size=self.batch_size)
+            ),
+            batch_size=None,
             num_workers=self.num_workers,
             generator=torch.Generator(),  # of its own: training goes on as if nothing had been embedded
         )
@@ -198,14 +197,14 @@ class VectorStore:
             lockstep(encoder, self.processes, partial(self._encode, encoder)) as encode,
         ):
             bar = progress.add_task(label, total=total)
-            batches: Iterator[EncoderInputs] = iter(loader if parts else ())
-            for part in parts:
-                vectors = []
-                for inputs in islice(batches, math.ceil(len(part.rows) / self.batch_size)):
-                    vectors.append(encode(inputs))
-                    truncated += inputs.truncated
-                    progress.advance(bar, len(inputs))
-                part.write(torch.cat(vectors), self.dtype)
+            begun: dict[int, list[Tensor]] = {}
+            for number, inputs in loader if parts else ():
+                vectors = begun.setdefault(number, [])
+                vectors.append(encode(inputs))
+                truncated += inputs.truncated
+                progress.advance(bar, len(inputs))
+                if sum(map(len, vectors)) == len(parts[number].rows):
+                    parts[number].write(torch.cat(begun.pop(number)), self.dtype)
         log_truncated(truncated, total, encoder.processor)
 
     def _encode(self, encoder: Encoder, inputs: EncoderInputs) -> Tensor:
@@ -253,28 +252,29 @@ class _Part:
         write_atomically(self.path, file.getvalue())
 
 
-class _Batches:
-    """The batches of some parts, none of them with entries of two parts; made one by one, for parts may be many."""
+class _Windows(IterableDataset[tuple[int, EncoderInputs]]):
+    """What some parts hold, prepared a few passes at a time; each worker prepares other parts.
 
-    def __init__(self, parts: Sequence[_Part], size: int) -> None:
-        self._parts, self._size = parts, size
+    No window reaches over two parts: what is computed together, and so the last bit of a vector, goes by its part
+    alone, whichever process computes it.
+    """
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for part in self._parts:
-            places = [(part.content, part.rows[i]) for i in part.order().tolist()]
-            for start in range(0, len(places), self._size):
-                yield places[start : start + self._size]
+    def __init__(
+        self,
+        contents: Sequence[_Content],
+        parts: Sequence[_Part],
+        prepare: Callable[[Iterable[Entry]], Iterator[EncoderInputs]],
+    ) -> None:
+        self._contents, self._parts, self._prepare = contents, parts, prepare
 
-
-@dataclass(frozen=True)
-class _Entries:
-    """The entries of several contents, by the number of the content and of the row."""
-
-    contents: Sequence[Sequence[Query] | Sequence[Candidate]]
-
-    def __getitem__(self, place: tuple[int, int]) -> Entry:
-        content, row = place
-        return self.contents[content][row]
+    def __iter__(self) -> Iterator[tuple[int, EncoderInputs]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in range(first, len(self._parts), step):
+            part = self._parts[number]
+            entries = self._contents[part.content].entries
+            for inputs in self._prepare(entries[part.rows[place]] for place in part.order().tolist()):
+                yield number, inputs
 
 
 def _parts(content: _Content, number: int, folder: Path) -> list[_Part]:
