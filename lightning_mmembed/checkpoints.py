@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -90,9 +90,27 @@ def restore_frozen(encoder: nn.Module, checkpoint: dict[str, Any], source: str =
     checkpoint["state_dict"] = state | {PREFIX + name: parameters[name].data for name in frozen}
 
 
-def load_encoder_weights(encoder: Encoder, ckpt_path: str | Path) -> None:
-    """Load the weights that a :class:`RetrievalModule` was saved with; see :func:`read_encoder_weights`."""
-    load_whole_weights(encoder, read_encoder_weights(encoder, ckpt_path))
+def load_encoder_weights(encoder: Encoder, ckpt_path: str | Path | Sequence[str | Path]) -> None:
+    """Load the weights that a :class:`RetrievalModule` was saved with, or the mean of several runs' from one start.
+
+    Such a mean is a uniform soup of Wortsman et al. (ICML 2022), here also of the two factors of LoRA.
+
+    Args:
+        encoder: The encoder that they must fit.
+        ckpt_path: A checkpoint or several; see :func:`read_encoder_weights`.
+
+    Raises:
+        UserInputError: If there is none, or one cannot be used.
+    """
+    paths = [ckpt_path] if isinstance(ckpt_path, str | Path) else list(ckpt_path)
+    if not paths:
+        raise UserInputError("ckpt_path=[] names no checkpoint; give at least one, or null")
+    weights, frozen = read_encoder_weights(encoder, paths[0]), frozen_names(encoder)
+    for number, path in enumerate(paths[1:], 2):
+        for name, value in read_encoder_weights(encoder, path).items():
+            if name not in frozen and value.is_floating_point():
+                weights[name] = weights[name] + (value - weights[name]) / number
+    load_whole_weights(encoder, weights)
     _KNOWN.pop(encoder, None)
 
 

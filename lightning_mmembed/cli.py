@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mmembed.errors import UserInputError
@@ -49,6 +49,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     objects = build(cfg)
     trainer, module, datamodule = objects["trainer"], objects["module"], objects["datamodule"]
     resumed = _last_checkpoint(cfg) if cfg.ckpt_path == "last" else cfg.ckpt_path
+    if isinstance(resumed, ListConfig):
+        raise UserInputError(
+            f"ckpt_path={resumed} names several checkpoints, and a run is resumed from one; the mean of several is "
+            "started from with weights=[...]"
+        )
     if resumed is not None and not Path(resumed).is_dir():
         read_encoder_weights(module.encoder, resumed)  # the Trainer's own errors name neither key nor remedy
     if cfg.weights is not None and resumed is None:

@@ -217,10 +217,13 @@ def _written(stage: Stage, stages: Sequence[Stage], place: Callable[[Stage], str
     written = []
     for override in stage.overrides:
         key, _, value = override.partition("=")
-        for other in stages:
-            if _reference(other) in value:
-                value = _quoted(value.replace(_reference(other), place(other)))
-        written.append(f"{key}={value}")
+        parts = re.split(r"([\[\],])", value)  # of a list, each may refer to another stage
+        for n, part in enumerate(parts):
+            for other in stages:
+                parts[n] = parts[n].replace(_reference(other), place(other))
+            if parts[n] != part:
+                parts[n] = _quoted(parts[n])
+        written.append(f"{key}={''.join(parts)}")
     return written
 
 

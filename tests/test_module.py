@@ -135,6 +135,25 @@ def test_a_checkpoint_loads_with_weights_only_and_gives_the_trained_encoder(
     assert not torch.allclose(after, before)
 
 
+def test_several_checkpoints_give_the_mean_of_their_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.ckpt" for number in range(3)]
+    trainer, weights = tiny_trainer(tmp_path), []
+    for seed, path in enumerate(paths):
+        module = tiny_module(tiny_checkpoint)
+        torch.manual_seed(seed)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(path)
+        weights.append(dict(module.encoder.named_parameters()))
+    encoder = tiny_module(tiny_checkpoint).encoder
+    load_encoder_weights(encoder, paths)
+    for name, parameter in encoder.named_parameters():
+        torch.testing.assert_close(parameter, torch.stack([some[name] for some in weights]).mean(0))
+    with pytest.raises(UserInputError, match=r"ckpt_path=\[\] names no checkpoint"):
+        load_encoder_weights(encoder, [])
+
+
 def test_a_module_without_an_encoder_is_named() -> None:
     with pytest.raises(
         UserInputError, match=r"Linear.encoder is NoneType; the datamodule and the callbacks need a module"

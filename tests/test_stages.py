@@ -32,6 +32,7 @@ from lightning_mmembed.stages import (
     _important,
     _quoted,
     _starts,
+    _written,
     is_finished,
     run_program,
     run_stages,
@@ -98,6 +99,14 @@ def test_the_paper_s_stages_have_the_paper_s_settings(tmp_path: Path) -> None:
 def test_a_quoted_path_reaches_a_stage_as_it_is(value: str) -> None:
     cfg = composed("train", f"weights={_quoted(value)}")
     assert OmegaConf.to_container(cfg)["weights"] == value  # type: ignore[index, call-overload]
+
+
+def test_of_a_list_of_checkpoints_each_becomes_a_path_of_its_stage(tmp_path: Path) -> None:
+    places = {"one": tmp_path / "one", "two": tmp_path / "it's, two"}
+    stages = [Stage(name, place, ()) for name, place in places.items()]
+    both = Stage("both", tmp_path, ("ckpt_path=[{one}/best.ckpt,{two}/best.ckpt]",), "evaluate")
+    [written] = _written(both, [*stages, both], lambda stage: str(stage.directory))
+    assert composed("evaluate", written).ckpt_path == [f"{place}/best.ckpt" for place in places.values()]
 
 
 def test_a_recipe_is_not_started_by_one_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
