@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         """
         if not len(inputs):  # there is no pass of a backbone with nothing in it
             return torch.zeros(0, self.embedding_dim, device=self.device)
-        rows = torch.cat([self.encode_bucket(bucket) for bucket in inputs.buckets])
+        rows = torch.cat([self.encode_bucket(bucket) for bucket in inputs.buckets])[:, : self.embedding_dim]
         vectors = F.normalize(torch.zeros_like(rows).index_copy(0, inputs.order, rows), dim=-1)
         return vectors + self._unused() if torch.is_grad_enabled() else vectors
 
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
         return []
 
     def encode_bucket(self, bucket: Bucket) -> Tensor:
-        """Encode the ``B`` items of one pass to ``(B, D)`` vectors in float32 of any length."""
+        """Encode the ``B`` items of one pass to ``(B, D or more)`` float32 vectors of any length; ``D`` are used."""
         raise NotImplementedError
 
     @overload

@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "max_length": 128,
     "passage_length": None,
     "padding_side": "right",
+    "truncate_dim": None,
     "prompts": "plain",
     "freeze_vision": None,
 }

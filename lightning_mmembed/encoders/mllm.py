@@ -35,6 +35,10 @@ class MLLMEncoder(Encoder):
         pooling: ``"mean"``, ``"last"`` or ``"latent-attention"``.
         pooling_options: Further arguments of the pooling, such as ``num_latents``.
         bidirectional: Let every token attend to every other, as MM-Embed does; otherwise attention stays causal.
+        truncate_dim: Use the first numbers of a vector alone, so many; by default all.
+
+    Raises:
+        UserInputError: If a vector has no ``truncate_dim`` numbers, or the pooling is unknown.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class MLLMEncoder(Encoder):
         pooling: str = "mean",
         pooling_options: dict[str, Any] | None = None,
         bidirectional: bool = True,
+        truncate_dim: int | None = None,
     ) -> None:
         super().__init__()
         text_config = backbone.config.get_text_config()
@@ -56,7 +61,14 @@ class MLLMEncoder(Encoder):
         self.backbone = backbone
         self.processor = processor
         self.pooling = build_pooling(pooling, text_config.hidden_size, **(pooling_options or {}))
-        self.embedding_dim = int(text_config.hidden_size)
+        self.truncate_dim, self.embedding_dim = truncate_dim, int(text_config.hidden_size)
+        if truncate_dim is not None:
+            if not 1 <= truncate_dim <= self.embedding_dim:
+                raise UserInputError(
+                    f"truncate_dim={truncate_dim} does not lie between 1 and {self.embedding_dim}, the width of the "
+                    "vectors; give one that does, or null"
+                )
+            self.embedding_dim = truncate_dim
         self._pooled = {"pooling": pooling, "pooling_options": pooling_options or {}}
         self.lora: LoRA | None = None
         self.freeze_vision: bool | None = None
@@ -71,6 +83,7 @@ class MLLMEncoder(Encoder):
             "max_length": self.processor.prompts.max_length,
             "passage_length": self.processor.prompts.passage_length,
             "padding_side": self.processor.padding_side,
+            "truncate_dim": self.truncate_dim,
             "prompts": self.processor.prompts.name,
             "lora": None if self.lora is None else self.lora.to_dict(),
             "freeze_vision": self.freeze_vision,
@@ -91,6 +104,7 @@ class MLLMEncoder(Encoder):
         max_length: int | None = None,
         passage_length: int | None = None,
         padding_side: str | None = None,
+        truncate_dim: int | None = None,
         length_buckets: int = 4,
         dtype: torch.dtype | str = torch.float32,
         attn_implementation: str | None = None,
@@ -112,6 +126,9 @@ class MLLMEncoder(Encoder):
             passage_length: Longest text of a candidate without a picture, 512 in MM-Embed's third stage; by default
                 what was saved, else ``max_length``.
             padding_side: ``"right"`` or ``"left"``; by default what was saved, else right. No vector depends on it.
+            truncate_dim: Use the first numbers of a vector alone, so many, for all that is done with it: what
+                :class:`~lightning_mmembed.loss_modules.MatryoshkaLoss` trains vectors for; by default what was saved,
+                else all.
             length_buckets: Number of buckets that a batch is cut into, by length, to save padding.
             dtype: Type of the weights. With LoRA those that are trained are kept in float32. Mean and normalisation are
                 computed in float32 in any case.
@@ -137,6 +154,7 @@ class MLLMEncoder(Encoder):
             "max_length": max_length,
             "passage_length": passage_length,
             "padding_side": padding_side,
+            "truncate_dim": truncate_dim,
             "freeze_vision": freeze_vision,
         }
         with reading(path):
@@ -145,9 +163,8 @@ class MLLMEncoder(Encoder):
             backbone = checkpoint.backbone(
                 processor.family, quantization_config, dtype=dtype, attn_implementation=attn_implementation
             )
-            encoder = cls(
-                backbone, processor, settings["pooling"], settings["pooling_options"], settings["bidirectional"]
-            )
+            built = {name: settings[name] for name in ("pooling", "pooling_options", "bidirectional", "truncate_dim")}
+            encoder = cls(backbone, processor, **built)
             encoder.base = checkpoint.identity
             checkpoint.load_pooling(encoder.pooling)
             encoder._choose_trained(checkpoint.lora(lora), settings["freeze_vision"], gradient_checkpointing)
