@@ -27,20 +27,29 @@ from benchmarks.evidence_report import Measured, report
 from lightning_mmembed.stages import Stage, evaluation, run_stages
 
 ROOT = Path("logs/evidence")
-STARTS = ("pretrained", "random")
-BATCHES = ("mixed", "one-task")
-REGIMES = tuple(f"{start}-{batches}" for start in STARTS for batches in BATCHES)
+#: Batches of 128 queries of all tasks, or of one task; or steps of eight batches of 16, each of one task.
+BATCHES = {
+    "mixed": ("data.batch_mix=mixed",),
+    "one-task": ("data.batch_mix=one-task",),
+    "accumulated": (
+        "data.batch_mix=one-task",
+        "data.batch_size=16",
+        "trainer.accumulate_grad_batches=8",
+        "model.encoder.length_buckets=2",
+    ),
+}
+REGIMES = ("pretrained-mixed", "pretrained-one-task", "pretrained-accumulated", "random-mixed", "random-one-task")
 #: What the start is trained with where its weights are random.
 FROM_RANDOM = ("model.encoder.lora=null",)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run of a table.
+    """A row of a table: a run, or another look at one.
 
     Args:
         name: In the table.
-        experiment: Of experiment/mm_embed/{dataset}; None evaluates the start.
+        experiment: Of experiment/mm_embed/{dataset}; None evaluates the start, or another row's checkpoint.
         overrides: Beside the experiment's; {random} and the like are the folders of other rows.
         key: Its folder.
         shown: False for a run that others start from.
@@ -95,7 +104,27 @@ ABLATIONS = (
     Row("hard, top 20, k' = 15", "top-20", "hard", (MINED, "mining.k=20", "mining.k_prime=15")),
     Row("hard, top 100, k' = 95", "top-100", "hard", (MINED, "mining.k=100", "mining.k_prime=95")),
 )
-TABLES = {"main": MAIN, "versions": VERSIONS, "ablations": ABLATIONS}
+HARD_BEST = "{hard}/checkpoints/best.ckpt"
+BEYOND = (
+    RANDOM,
+    HARD,
+    Row("random and hard, merged", "merged", None, (f"ckpt_path=[{{random}}/checkpoints/best.ckpt,{HARD_BEST}]",)),
+    Row("hard, symmetric loss", "symmetric", "hard", (MINED, "loss=symmetric")),
+    Row("hard, hardness-weighted loss", "hardness", "hard", (MINED, "loss=hardness")),
+    Row("hard, learned temperature", "learned", "hard", (MINED, "loss=learned_temperature")),
+    Row("hard, two negatives", "two", "hard", (MINED, "data.negatives_per_query=2")),
+    Row("hard, curriculum", "curriculum", "hard", (MINED, "mining=curriculum")),
+    Row("hard, relative margin", "relative-margin", "hard", (MINED, "mining=relative_margin")),
+    Row("hard, Matryoshka", "matryoshka", "hard", (MINED, "loss=matryoshka")),
+    Row("hard, first 32 of 128", "hard-32", None, (f"ckpt_path={HARD_BEST}", "model.encoder.truncate_dim=32")),
+    Row(
+        "hard, Matryoshka, first 32 of 128",
+        "matryoshka-32",
+        None,
+        ("ckpt_path={matryoshka}/checkpoints/best.ckpt", "model.encoder.truncate_dim=32"),
+    ),
+)
+TABLES = {"main": MAIN, "versions": VERSIONS, "ablations": ABLATIONS, "beyond": BEYOND}
 #: Tables beside the main one are made in one regime, the paper's.
 ONE_REGIME = ("pretrained-mixed",)
 #: By dataset: what is asked of a checkpoint, by name, and epochs of the random stage twice as long.
@@ -128,7 +157,7 @@ def chain(dataset: str, seed: int, regime: str, rows: tuple[Row, ...], given: tu
     """The runs of a seed in a regime, each followed by its evaluations; those of the start come first."""
     start, _, batches = regime.partition("-")
     place = folder(dataset, seed)
-    common = [f"seed={seed}", f"data.batch_mix={batches}", *given]
+    common = [f"seed={seed}", *BATCHES[batches], *given]
     weights = "pretrained" if start == "pretrained" else "random-weights"
     common += [f"model.encoder.pretrained_model_name_or_path={{{weights}}}/encoder"]
     common += FROM_RANDOM if start == "random" else ()

@@ -27,6 +27,7 @@ PAGE = DOCS / "results.md"
 TITLES = {
     "pretrained-mixed": "Pretrained start with LoRA, batches of mixed tasks",
     "pretrained-one-task": "Pretrained start with LoRA, batches of one task",
+    "pretrained-accumulated": "Pretrained start with LoRA, steps of eight batches of 16, each of one task",
     "random-mixed": "Random start, every weight trained, batches of mixed tasks",
     "random-one-task": "Random start, every weight trained, batches of one task",
 }
