@@ -119,7 +119,7 @@ def tests(rows: Sequence[Measured]) -> str:
     """Each row against the one above it, and the hard stage against all before it."""
     lines = ["| difference | " + " | ".join(name for name, _, _ in TESTED) + " |", "|---" * (len(TESTED) + 1) + "|"]
     pairs = list(zip(rows[1:], rows[:-1], strict=True))
-    for key in ("random", "random-long", "hard-top-k", "hard-c1"):
+    for key in ("random", "random-as-long", "random-long", "hard-top-k", "hard-c1"):
         above = [(row, other) for row in rows for other in rows if row.key == "hard" and other.key == key]
         pairs += [pair for pair in above if pair not in pairs]
     for row, other in pairs:
