@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.evidence_report import Measured, report
+from benchmarks.evidence_report import Measured, check_page, report
 from lightning_mmembed.stages import Stage, evaluation, run_stages
 
 ROOT = Path("logs/evidence")
@@ -229,6 +229,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dataset == "emoji" and not args.report and not (args.emoji and args.texts):
         parser.error("--dataset emoji needs --emoji and --texts")
+    if args.dataset == "emoji" and args.table != "main":
+        parser.error("--dataset emoji has the main table alone")
     return args
 
 
@@ -244,7 +246,9 @@ def main() -> None:
         stages = start_stages(args.dataset, seed, given)
         run_stages(stages if regime == "start" else chain(args.dataset, seed, regime, rows, given))
         return
-    regimes = args.only or (REGIMES if args.table == "main" else ONE_REGIME)
+    known = REGIMES if args.table == "main" else ONE_REGIME
+    regimes = args.only or known
+    check_page(args.dataset, args.table)
     if not args.report:
         os.environ["OMP_NUM_THREADS"] = "1"
         command = [sys.executable, "-m", "benchmarks.evidence", *sys.argv[1:], "--chain"]
@@ -256,7 +260,7 @@ def main() -> None:
         failed += run_chains({} if failed else chains, args.jobs)
         if failed:
             raise SystemExit(f"failed: {', '.join(failed)}; see {ROOT}/*.log; the same command goes on")
-    report(args.dataset, args.table, {r: measured(args.dataset, args.seeds, r, rows) for r in regimes}, len(args.seeds))
+    report(args.dataset, args.table, {r: measured(args.dataset, args.seeds, r, rows) for r in known}, len(args.seeds))
 
 
 if __name__ == "__main__":

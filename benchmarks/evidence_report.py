@@ -69,7 +69,7 @@ class Measured:
         return found
 
     def per_query(self, evaluation: str, metric: str) -> dict[str, np.ndarray]:
-        """By task ``(Q,)`` values over the union pool, means over the seeds, ordered by the queries' ids."""
+        """By task ``(S, Q)`` values over the union pool, a row for each seed, ordered by the queries' ids."""
         by_task: dict[str, list[np.ndarray]] = {}
         for place in self.places:
             table = pq.read_table(place / evaluation / "queries.parquet", columns=["pool", "task", "qid", metric])
@@ -78,7 +78,7 @@ class Measured:
                 rows = (columns["pool"] == "union") & (columns["task"] == task)
                 order = np.argsort(columns["qid"][rows])
                 by_task.setdefault(str(task), []).append(columns[metric][rows][order].astype(float))
-        return {task: np.mean(values, axis=0) for task, values in by_task.items()}
+        return {task: np.stack(values) for task, values in by_task.items()}
 
 
 def with_interval(values: Sequence[float]) -> str:
@@ -126,9 +126,12 @@ def tests(rows: Sequence[Measured]) -> str:
         cells = []
         for _, evaluation, metric in TESTED:
             own, theirs = (one.per_query(evaluation, metric) for one in (row, other))
-            differences = {task: own[task] - theirs[task] for task in own}
-            found = paired_bootstrap(differences, task_groups(list(differences)))["average"]
-            cells.append(f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]")
+            differences = {task: 100 * (own[task] - theirs[task]) for task in own}
+            means = {task: of_seeds.mean(0) for task, of_seeds in differences.items()}
+            found = paired_bootstrap(means, task_groups(list(means)))["average"]
+            by_seed = np.mean([of_seeds.mean(1) for of_seeds in differences.values()], axis=0)
+            seeds = ", ".join(f"{one:+.1f}" for one in by_seed)
+            cells.append(f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]; {seeds}")
         lines.append(f"| {row.name}, minus {other.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -199,6 +202,13 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def check_page(dataset: str, name: str) -> None:
+    """End the program if the page has no place for a table: before the hours that it takes, not after."""
+    marks = [f"<!-- evidence: {dataset} {name} -->", f"<!-- end of evidence: {dataset} {name} -->"]
+    if not all(mark in PAGE.read_text() for mark in marks):
+        raise SystemExit(f"{PAGE} has no lines {marks}; put them where the tables belong")
+
+
 def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]], n_seeds: int) -> None:
     """Write the tables of what is finished into the page, between its marks, and for the main table the figures."""
     regimes = {regime: rows for regime, rows in regimes.items() if rows}
@@ -207,7 +217,8 @@ def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]], n
         return
     seeds = "one seed" if n_seeds == 1 else f"{n_seeds} seeds: mean and 95 % interval over them"
     parts = [
-        f"In %; {seeds}. Differences: paired over the test queries (means over the seeds), 95 % bootstrap interval."
+        f"In %; {seeds}. Differences: paired over the test queries (means over the seeds) with the 95 % bootstrap "
+        "interval, which knows nothing of the seeds; then that of each seed."
     ]
     for regime, rows in regimes.items():
         parts += [f"**{TITLES[regime]}**", table(rows)] + ([tests(rows)] if len(rows) > 1 else [])
@@ -226,8 +237,5 @@ def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]], n
 def put(page: Path, mark: str, content: str) -> None:
     """Put text between the marks of a page."""
     begin, end = f"<!-- evidence: {mark} -->", f"<!-- end of evidence: {mark} -->"
-    text = page.read_text()
-    if begin not in text or end not in text:
-        raise SystemExit(f"{page} has no line {begin!r} and {end!r} after it; put them where the tables belong")
-    before, _, rest = text.partition(begin)
+    before, _, rest = page.read_text().partition(begin)
     page.write_text(f"{before}{begin}\n\n{content}\n\n{end}{rest.partition(end)[2]}")
