@@ -27,6 +27,7 @@ from lightning_mmembed.failures import causes, run_failure
 
 if TYPE_CHECKING:
     from lightning_mmembed.rerank.pipeline import Reranked
+    from lightning_mmembed.rerank.prompts import Prompts
     from lightning_mmembed.retrieval.results import RetrievalResult
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
             given, or what was ranked cannot be reranked as asked.
     """
     from lightning_mmembed.checkpoints import load_encoder_weights
+    from lightning_mmembed.cli_rerank import check_evaluation
 
     if cfg.split not in ("test", "val"):
         raise UserInputError(f"split={cfg.split!r} is unknown; write 'test' or 'val'")
@@ -125,25 +127,27 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         if cfg.get("rerank") is not None:
             raise UserInputError(f"run={str(cfg.run)!r} is reranked by mmembed-rerank run=...; leave rerank out")
         return _evaluate_run(cfg)
-    if cfg.get("rerank") is not None:
-        _check_reranking(cfg)
+    prompts = None if cfg.get("rerank") is None else _check_reranking(cfg)
     objects = build(cfg)
+    if prompts is not None:
+        check_evaluation(cfg.reranking, objects["datamodule"].shards, cfg.split, prompts)
     if cfg.ckpt_path is not None:
         load_encoder_weights(objects["module"].encoder, cfg.ckpt_path)
     trainer = objects["trainer"]
     # The tasks that are reranked may be chosen by the validation split.
-    chosen_by = _ranked(objects, "val") if cfg.get("rerank") is not None and cfg.reranking.tasks == "auto" else None
+    chosen_by = _ranked(objects, "val") if prompts is not None and cfg.reranking.tasks == "auto" else None
     ranked = _ranked(objects, cfg.split)
     metrics = _floats(trainer.callback_metrics)
-    if cfg.get("rerank") is not None:
+    if prompts is not None:
         objects["reranked"] = _rerank(cfg, objects, ranked, chosen_by)
     if trainer.is_global_zero:
         print(f"run directory: {cfg.paths.output_dir}")
     return metrics, objects
 
 
-def _check_reranking(cfg: DictConfig) -> None:
-    from lightning_mmembed.cli_rerank import check_settings
+def _check_reranking(cfg: DictConfig) -> Prompts:
+    """Refuse reranking that cannot be done as asked, before anything is built; the reranker's wordings."""
+    from lightning_mmembed.cli_rerank import check_reranker, check_settings
 
     check_settings(cfg.reranking, cfg.split)
     if not cfg.callbacks or "evaluation" not in cfg.callbacks:
@@ -152,6 +156,12 @@ def _check_reranking(cfg: DictConfig) -> None:
         raise UserInputError(
             "callbacks.evaluation.instruction='all' cannot be reranked; write a single prompt, such as 0, or random"
         )
+    if cfg.reranking.metric not in cfg.callbacks.evaluation.metrics:
+        raise UserInputError(
+            f"metric={cfg.reranking.metric!r} is not among callbacks.evaluation.metrics, which are "
+            f"{', '.join(cfg.callbacks.evaluation.metrics)}; choose one of them, or add it there"
+        )
+    return check_reranker(cfg.rerank)
 
 
 def _ranked(objects: dict[str, Any], split: str) -> RetrievalResult | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
     from lightning_mmembed.data.shards import Shards
     from lightning_mmembed.rerank import ZeroShotReranker
     from lightning_mmembed.rerank.pipeline import Budget, Reranked
+    from lightning_mmembed.rerank.prompts import Prompts
     from lightning_mmembed.rerank.runs import Estimate
     from lightning_mmembed.rerank.store import ScoreStore
+    from lightning_mmembed.rerank.work import Work
     from lightning_mmembed.retrieval.results import RetrievalResult
 
 #: By which rule ``tasks=auto`` chooses; kept beside what it chose.
@@ -41,6 +45,8 @@ def rerank(cfg: DictConfig) -> Reranked | None:
         UserInputError: If the run does not fit the split, a task is unknown or has no prompt, the model cannot rerank,
             or an argument cannot be used.
     """
+    from lightning_mmembed.rerank.pipeline import pools_of
+
     if (cfg.run is None) == (cfg.negatives is None):
         raise UserInputError("give run=<TREC run or run directory>, or else negatives=<file of mined negatives>")
     if cfg.negatives is not None and (cfg.soft_labels is None or cfg.tasks == "auto"):
@@ -48,8 +54,7 @@ def rerank(cfg: DictConfig) -> Reranked | None:
             f"negatives={cfg.negatives!r} are scored for soft_labels=<Parquet file>, with tasks=<a list> or all; given "
             f"are soft_labels={cfg.soft_labels!r} and tasks={cfg.tasks!r}"
         )
-    budget = _budget(cfg)
-    _check_tasks(cfg, cfg.split)
+    check_settings(cfg, cfg.split)
     if cfg.tasks == "auto" and cfg.val_run is None:
         raise UserInputError("tasks=auto needs val_run=<a run over the validation split>, to choose them by")
     apply_extras(cfg)
@@ -63,14 +68,31 @@ def rerank(cfg: DictConfig) -> Reranked | None:
         datamodule.prepare_data()
     processes.barrier()
     shards: Shards = datamodule.shards
-    # Before the model: a run that does not fit is told before the work.
-    before = None if cfg.run is None else _scored_run(cfg, shards, cfg.run, cfg.split)
-    val = _scored_run(cfg, shards, cfg.val_run, "val") if cfg.tasks == "auto" else None
-    reranker = load_reranker(cfg.rerank, fabric.device)
-    if before is None:
-        _score_negatives(cfg, shards, reranker, processes)
+    # Before the model: what does not fit is told before minutes of loading it.
+    prompts = check_reranker(cfg.rerank)
+    if cfg.run is None:
+        work = _negatives(cfg, shards, prompts)
+        _score_negatives(cfg, shards, work, load_reranker(cfg.rerank, fabric.device), processes)
         return None
-    return rerank_evaluation(cfg, reranker, before, val, directory, shards.fingerprint, processes, budget)
+    before = _scored_run(cfg, shards, "run", cfg.split)
+    val = _scored_run(cfg, shards, "val_run", "val") if cfg.tasks == "auto" else None
+    _check_names(cfg, pools_of(before), prompts)
+    reranker = load_reranker(cfg.rerank, fabric.device)
+    return rerank_evaluation(cfg, reranker, before, val, directory, shards.fingerprint, processes)
+
+
+def check_reranker(node: DictConfig) -> Prompts:
+    """Refuse a configured reranker that cannot be used, without loading its weights; else its wordings.
+
+    Raises:
+        UserInputError: See :meth:`~lightning_mmembed.ZeroShotReranker.from_pretrained`.
+    """
+    from lightning_mmembed.rerank.zero_shot import read_processor
+
+    read = ("pretrained_model_name_or_path", "prompts", "labels", "max_length", "tokens_per_batch", "dtype")
+    settings: Any = OmegaConf.to_container(node, resolve=True)
+    _, processor = read_processor(**{name: settings[name] for name in read if name in settings})
+    return processor.writer.prompts
 
 
 def load_reranker(node: DictConfig, device: Any) -> ZeroShotReranker:
@@ -89,7 +111,6 @@ def rerank_evaluation(
     directory: Path,
     shards: str,
     processes: Processes = ALONE,
-    budget: Budget | None = None,
 ) -> Reranked:
     """Rerank an evaluation, print its figures before and after, and write runs, figures and scores.
 
@@ -101,7 +122,6 @@ def rerank_evaluation(
         directory: Where to write; the runs lie below ``runs``.
         shards: Fingerprint of the dataset.
         processes: Those that share out the work.
-        budget: What the settings say, where it was read before.
     """
     from lightning_mmembed.files import write_atomically
     from lightning_mmembed.rerank.effect import effect_facts, effects
@@ -109,7 +129,8 @@ def rerank_evaluation(
     from lightning_mmembed.rerank.work import write_scores
     from lightning_mmembed.retrieval.runs import write_runs
 
-    budget = budget or _budget(settings)
+    budget = _budget(settings)
+    made = {"reranker": reranker.fingerprint, "shards": shards, "split": before.pool.name}
     with _store(settings, reranker) as store:
         chosen, choice = _tasks(settings, reranker, before, val, budget, store, processes)
         reranked = rerank_result(reranker, before, chosen, budget, store, processes, _announce)
@@ -117,8 +138,7 @@ def rerank_evaluation(
     if processes.rank > 0:
         return reranked
     facts = {
-        "reranker": reranker.fingerprint,
-        "shards": shards,
+        **made,
         **{name: value for name, value in dataclasses.asdict(budget).items() if value is not None},
         "metric": settings.metric,
         "tasks": reranked.tasks,
@@ -130,7 +150,6 @@ def rerank_evaluation(
     write_atomically(directory / "reranking.json", json.dumps(facts, indent=1))
     _print(before, reranked, found, settings.metric)
     if settings.soft_labels is not None:
-        made = {"reranker": reranker.fingerprint, "shards": shards}
         print(f"soft labels: {write_scores(settings.soft_labels, reranked.rows, reranked.scores, made)}")
     print(f"{len(written)} TREC runs: {directory / 'runs'}\nfigures: {directory / 'reranking.json'}")
     return reranked
@@ -155,23 +174,40 @@ def show(cfg: DictConfig) -> str:
 
 
 def check_settings(settings: DictConfig, split: str) -> None:
-    """Refuse settings of an evaluation's reranking that cannot be used, before any work.
+    """Refuse settings of reranking that cannot be used, whatever the data and the model.
 
     Raises:
         UserInputError: If there is one.
     """
     _budget(settings)
-    _check_tasks(settings, split)
-
-
-def _check_tasks(settings: DictConfig, split: str) -> None:
-    if not (settings.tasks in (None, "auto") or isinstance(settings.tasks, ListConfig)):
+    if not (settings.tasks in (None, "auto") or (isinstance(settings.tasks, ListConfig) and settings.tasks)):
         raise UserInputError(f"tasks={settings.tasks!r} is unknown; write a list such as [cirr_task7], auto, or null")
+    asked = settings.val_queries
+    if asked is not None and not (isinstance(asked, int) and asked > 0):
+        raise UserInputError(f"val_queries={asked!r} is no number of queries; write 1 or more, or null for all")
     if settings.tasks == "auto" and split == "val":
         raise UserInputError(
             "tasks=auto chooses by the validation split, whose figures would then be better than those of new "
             "queries; write split=test"
         )
+
+
+def check_evaluation(settings: DictConfig, shards: Shards, split: str, prompts: Prompts) -> None:
+    """Refuse tasks that an evaluation is not going to rank, or that cannot be reranked, before anything is embedded.
+
+    Raises:
+        UserInputError: See :func:`~lightning_mmembed.rerank.pipeline.check_tasks`.
+    """
+    local = shards.pool(split).local
+    pools = {task.name: ["union", *(["local"] if task.name in local else [])] for task in shards.tasks(split)}
+    _check_names(settings, pools, prompts)
+
+
+def _check_names(settings: DictConfig, ranked: dict[str, list[str]], prompts: Prompts) -> None:
+    from lightning_mmembed.rerank.pipeline import check_tasks
+
+    names = list(ranked) if settings.tasks in (None, "auto") else list(settings.tasks)
+    check_tasks(names, ranked, prompts, _budget(settings))
 
 
 def _budget(settings: DictConfig) -> Budget:
@@ -187,13 +223,16 @@ def _store(settings: DictConfig, reranker: ZeroShotReranker) -> ScoreStore:
     return ScoreStore(Path(settings.scores_dir) / reranker.fingerprint)
 
 
-def _scored_run(cfg: DictConfig, shards: Shards, run: str, split: str) -> RetrievalResult:
+def _scored_run(cfg: DictConfig, shards: Shards, key: str, split: str) -> RetrievalResult:
+    """What ``run`` or ``val_run`` ranked."""
     from lightning_mmembed.data.manifest import left_out
     from lightning_mmembed.metrics import DEFAULT_METRICS
     from lightning_mmembed.retrieval.trec import find_runs, read_run, score_run
 
+    files = find_runs(cfg[key], cfg.run_pool)
+    _refuse_other_split(f"{key}={str(cfg[key])!r}", chain(*files.values()), split)
     lost = left_out(shards.manifest, split), left_out(shards.manifest)
-    runs = {pool: read_run(*paths, left_out=lost) for pool, paths in find_runs(run, cfg.run_pool).items()}
+    runs = {pool: read_run(*paths, left_out=lost) for pool, paths in files.items()}
     metrics = tuple(dict.fromkeys((*DEFAULT_METRICS, cfg.metric)))
     try:
         return score_run(runs, shards.pool(split), shards.query_sets(split, cfg.instruction), metrics)
@@ -201,6 +240,20 @@ def _scored_run(cfg: DictConfig, shards: Shards, run: str, split: str) -> Retrie
         if isinstance(error, UserInputError):
             raise
         raise UserInputError(f"metric={cfg.metric!r}: {error}") from error
+
+
+def _refuse_other_split(given: str, files: Iterable[Path], split: str) -> None:
+    """Refuse a run of another split, which the files beside it tell: ids of queries begin anew in each split."""
+    from lightning_mmembed.files import read_json
+
+    for directory in {folder for file in files for folder in file.resolve().parents[2:4]}:
+        metrics, reranking = (read_json(directory / name) or {} for name in ("metrics.json", "reranking.json"))
+        found = metrics.get("protocol", reranking).get("split", split)
+        if found != split:
+            raise UserInputError(
+                f"{given} is of the {found} split, as the files in {str(directory)!r} say; give a run of the {split} "
+                "split, or choose the other with split=..."
+            )
 
 
 def _tasks(
@@ -219,9 +272,9 @@ def _tasks(
     from lightning_mmembed.rerank.pipeline import rerank_result, spread_queries
 
     if settings.tasks != "auto":
-        return list(before.tasks if settings.tasks is None else settings.tasks), None
+        return list(before.tasks if settings.tasks is None else dict.fromkeys(settings.tasks)), None
     assert val is not None
-    asked = spread_queries(val, settings.val_queries)
+    asked = val if settings.val_queries is None else spread_queries(val, settings.val_queries)
     full = dataclasses.replace(budget, max_pairs=None, max_seconds=None)  # the choice has a budget of its own
     both = [name for name in asked.tasks if name in before.tasks]
     reranked = rerank_result(reranker, asked, both, full, store, processes, _announce)
@@ -236,18 +289,28 @@ def _tasks(
     return chosen, {"rule": RULE, "val_queries": settings.val_queries, "effects": effect}
 
 
-def _score_negatives(cfg: DictConfig, shards: Shards, reranker: ZeroShotReranker, processes: Processes) -> None:
-    """Score positives and mined negatives of the training queries, and write them as soft labels."""
+def _negatives(cfg: DictConfig, shards: Shards, prompts: Prompts) -> Work:
+    """Positives and mined negatives of the training queries."""
     from lightning_mmembed.rerank.distil import work_of_negatives
-    from lightning_mmembed.rerank.pipeline import score_work
-    from lightning_mmembed.rerank.work import scored_pairs, write_scores
 
     names = None if cfg.tasks is None else list(cfg.tasks)
     work = work_of_negatives(shards, cfg.negatives, names, cfg.instruction)
+    for name in names or [task.name for task in shards.tasks("train")]:
+        prompts.of(name)
+    return work
+
+
+def _score_negatives(
+    cfg: DictConfig, shards: Shards, work: Work, reranker: ZeroShotReranker, processes: Processes
+) -> None:
+    """Score positives and mined negatives of the training queries, and write them as soft labels."""
+    from lightning_mmembed.rerank.pipeline import score_work
+    from lightning_mmembed.rerank.work import scored_pairs, write_scores
+
     with _store(cfg, reranker) as store:
         scored = score_work(reranker, work, _budget(cfg), store, processes, _announce)
     if processes.rank == 0:
-        made = {"reranker": reranker.fingerprint, "shards": shards.fingerprint}
+        made = {"reranker": reranker.fingerprint, "shards": shards.fingerprint, "split": "train"}
         path = write_scores(cfg.soft_labels, *scored_pairs(work, scored.scores), made)
         print(f"{_told(scored.counts)}\nsoft labels: {path}")
 

@@ -75,7 +75,8 @@ class MatryoshkaLoss(nn.Module):
 
     Args:
         loss: Any loss.
-        matryoshka_dims: The lengths, such as ``[4096, 1024, 256]``; the full one belongs to them if it is to be used.
+        matryoshka_dims: The lengths, such as ``[4096, 1024, 256]``, the width of the vectors among them: what lies
+            past the largest one would not be trained.
         matryoshka_weights: The weight of each; by default 1.
 
     Raises:
@@ -119,19 +120,34 @@ class MatryoshkaLoss(nn.Module):
             batch: What else it asks for (:data:`~lightning_mmembed.losses.BATCH_ARGUMENTS`).
 
         Raises:
-            UserInputError: If a length is larger than ``D``.
+            UserInputError: If the largest length is not ``D``.
         """
-        if max(self.matryoshka_dims) > queries.shape[1]:
-            raise UserInputError(
-                f"matryoshka_dims={list(self.matryoshka_dims)}: the vectors have {queries.shape[1]} numbers; "
-                "leave longer ones out"
-            )
+        check_widths(self, queries.shape[1])
         total = torch.zeros((), device=queries.device)
         for dim, weight in zip(self.matryoshka_dims, self.matryoshka_weights, strict=True):
             extra = batch if all_queries is None else {**batch, "all_queries": _cut(all_queries, dim)}
             cut = self.loss(_cut(queries, dim), _cut(candidates, dim), positive_index, mask, **extra)
             total = total + weight * cut
         return total
+
+
+def check_widths(loss: Callable[..., Tensor], width: int) -> None:
+    """Refuse a loss that holds, or is, a :class:`MatryoshkaLoss` for vectors of another width.
+
+    Args:
+        loss: Any loss.
+        width: ``D``, of the vectors that it is to be given.
+
+    Raises:
+        UserInputError: If the largest of the ``matryoshka_dims`` is another one.
+    """
+    for part in loss.modules() if isinstance(loss, nn.Module) else ():
+        if isinstance(part, MatryoshkaLoss) and max(part.matryoshka_dims) != width:
+            such = [width // share for share in (1, 4, 16) if width >= share]
+            raise UserInputError(
+                f"matryoshka_dims={list(part.matryoshka_dims)}: the largest must be {width}, the width of the vectors, "
+                f"since what lies past it is not trained; give such as matryoshka_dims={such}"
+            )
 
 
 def _cut(vectors: Tensor, dim: int) -> Tensor:

@@ -93,6 +93,23 @@ def _labelled(positives: Tensor, ids: Tensor) -> Tensor:
     return found
 
 
+def has_teacher(listed: Tensor, mask: Tensor) -> Tensor:
+    """Mark the queries that :func:`distillation_loss` learns from: those with two candidates or more.
+
+    Args:
+        listed: ``(Q, L)`` columns of the candidates of each query that a teacher has scored, padded with -1.
+        mask: ``(Q, C)`` boolean, True where a candidate is left out.
+
+    Returns:
+        ``(Q,)`` boolean.
+
+    Example:
+        >>> has_teacher(torch.tensor([[0, 1], [1, -1]]), torch.zeros(2, 2, dtype=torch.bool)).tolist()
+        [True, False]
+    """
+    return (~_unlisted(listed, mask)).sum(1) > 1
+
+
 def in_batch_accuracy(
     queries: Tensor, candidates: Tensor, positive_index: Tensor, mask: Tensor | None = None
 ) -> Tensor:
@@ -304,11 +321,14 @@ def distillation_loss(
         UserInputError: If the batch brings no scores of a teacher.
     """
     if listed is None or teacher_scores is None:
-        raise UserInputError("distillation_loss needs listed and teacher_scores, which the batches do not hold")
+        raise UserInputError(
+            "distillation_loss needs listed and teacher_scores, which the batches do not hold; give "
+            "data.soft_labels=<the file of mmembed-rerank soft_labels=...>"
+        )
     student_temperature = temperature if student_temperature is None else student_temperature
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     columns = listed.clamp(min=0)
-    unlisted = listed < 0 if mask is None else (listed < 0) | mask.gather(1, columns)
+    unlisted = _unlisted(listed, mask)
     student = contrastive_logits(queries, candidates, None, student_temperature).gather(1, columns)
     # The least number in place of minus infinity: a query without candidates must not make NaN of a gradient.
     lowest = torch.finfo(student.dtype).min
@@ -317,6 +337,11 @@ def distillation_loss(
     log_teacher = log_teacher.log_softmax(1)
     terms = (log_teacher.exp() * (log_teacher - log_student)).masked_fill(unlisted, 0.0)
     return terms.sum() * student_temperature**2 / len(queries)
+
+
+def _unlisted(listed: Tensor, mask: Tensor | None) -> Tensor:
+    """``(Q, L)`` booleans, True for padding and for what is masked."""
+    return listed < 0 if mask is None else (listed < 0) | mask.gather(1, listed.clamp(min=0))
 
 
 def _columns(listed: Tensor, n: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The settings of hard-negative mining: which rule, and which candidates it leaves out because of their scores.
 
-Names and meanings of the thresholds are those of ``sentence_transformers.util.mine_hard_negatives``.
+Names and meanings of the thresholds are those of ``sentence_transformers.util.mine_hard_negatives``; the cross-check by
+another model is not one of them.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class MiningRule:
         relative_margin: The same, as a share of the size of that score.
         max_score: The highest score of a negative.
         min_score: The lowest score of a negative.
-        check_margin: How far below the lowest score of a labelled positive a negative's score has to be by more than,
-            both by another model: what that model takes for a positive is likely one that nobody labelled.
+        check_margin: How far below the lowest score of a labelled positive the score of a negative of the wanted
+            modality has to be by more than, both by another model: what that model takes for a positive is likely one
+            that nobody labelled. What has another modality cannot be one, and is kept.
         num_negatives: How many of each kind to keep for each query; by default all.
         sampling_strategy: Keep the best (``"top"``) or any (``"random"``).
         seed: Of the random ones.
@@ -104,6 +106,11 @@ class MiningRule:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserInputError(f"{name}={value} must be a finite number, or null to leave nothing out")
+        if self.check_margin is not None and RULES[self.rule] == (WRONG_MODALITY,):
+            raise UserInputError(
+                f"check_margin={self.check_margin} has no effect with rule={self.rule!r}: candidates of the wanted "
+                "modality alone are checked; leave it out"
+            )
 
     def _check_window(self) -> None:
         end = self.k if self.range_max is None else self.range_max
@@ -178,8 +185,10 @@ def _above_relative_margin(rankings: Rankings, margin: float) -> np.ndarray:
 def _near_for_another_model(rankings: Rankings, margin: float) -> np.ndarray:
     assert rankings.check_scores is not None
     assert rankings.check_positive_scores is not None
-    near: np.ndarray = rankings.check_scores >= rankings.check_positive_scores[:, None] - margin
-    return near
+    near = rankings.check_scores >= rankings.check_positive_scores[:, None] - margin
+    # The instruction rules another modality out, however near it is: no such candidate is an unlabelled positive.
+    near_and_wanted: np.ndarray = near & (rankings.modalities == rankings.wanted)
+    return near_and_wanted
 
 
 #: Settings that leave candidates out because of their scores, in the order in which they do: from the rankings and

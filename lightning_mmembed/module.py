@@ -27,9 +27,11 @@ from lightning_mmembed.encoders.sharding import is_sharded, shard
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.gradcache import GradCache, seeded
+from lightning_mmembed.loss_modules import check_widths
 from lightning_mmembed.losses import (
     batch_arguments,
     contrastive_loss,
+    has_teacher,
     in_batch_accuracy,
     labelled_positive_mask,
     labelled_query_mask,
@@ -87,7 +89,8 @@ class RetrievalModule(LightningModule):
         self._exchanges = False
 
     def setup(self, stage: str) -> None:
-        """Refuse GradCache under a strategy with which its gradient would be another; write checkpoints whole."""
+        """Refuse GradCache where its gradient would be another, a loss for other vectors; write checkpoints whole."""
+        check_widths(self.loss, self.encoder.embedding_dim)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFileIO()
@@ -232,6 +235,8 @@ class RetrievalModule(LightningModule):
         mask = labelled_positive_mask(batch.positives, candidate_ids, positive_index)
         further = self._further(batch, queries, counts, candidate_ids[positive_index])
         loss = self.loss(queries, candidates, positive_index, mask, **further)
+        if self.training and "teacher_scores" in further:
+            self._log_teacher(has_teacher(further["listed"], mask))
         # DDP and FSDP take the mean over the processes, whatever their number of queries.
         weight = own[0, 0] / counts[:, 0].mean()
         return loss, in_batch_accuracy(queries, candidates, positive_index, mask), weight
@@ -257,6 +262,18 @@ class RetrievalModule(LightningModule):
             further["listed"] = further["listed"].masked_fill(scores.isnan(), -1)
             further["teacher_scores"] = scores.nan_to_num()
         return further
+
+    def _log_teacher(self, taught: Tensor) -> None:
+        """Log which share of the queries of all processes has a teacher; all refuse a step in which none has."""
+        share = self._processes.gather(taught.float()).mean()
+        if not share:
+            raise UserInputError(
+                "no query of this step has two candidates that data.soft_labels has scores of, so there is nothing to "
+                "distil: train with data.negatives=<the file that was scored> and callbacks.mining=null, or mine "
+                "(mmembed-mine out=negatives.parquet) and score (mmembed-rerank negatives=negatives.parquet "
+                "soft_labels=soft_labels.parquet) first"
+            )
+        self.log("train/share_with_teacher", share, batch_size=len(taught))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint how far the run is and how the encoder was built; leave frozen weights out."""

@@ -1,30 +1,32 @@
 """The stages of a recipe: runs that start from each other, each a process of its own, in order.
 
 A stage that is finished and valid is left as it is, one that was killed goes on, and one whose configuration or start
-has changed since is run anew. What it was run with is in ``stage.json`` in its run directory.
+has changed since is run anew; what was there is moved aside. What it was run with is in ``stage.json`` in its run
+directory.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from lightning_mmembed.errors import TRY_AGAIN, UserInputError
@@ -33,13 +35,24 @@ from lightning_mmembed.files import file_sha256, fingerprint, read_json, write_a
 STAGE_FILE = "stage.json"
 #: What may come out of a stage, in its run directory.
 OUTPUTS = ("checkpoints/best.ckpt", "encoder/model.safetensors", "metrics.json")
-#: Keys of a configuration that no figure depends on.
-UNIMPORTANT = ("paths", "extras", "logger", "tags", "task_name", "ckpt_path", "hydra")
-#: Its nodes that name what a run starts from.
-STARTS = ("weights", "callbacks.mining.ckpt_path", "model.encoder.pretrained_model_name_or_path", "data.shards")
+#: Keys and nodes of a configuration that no figure depends on.
+UNIMPORTANT = (
+    *("paths", "extras", "logger", "tags", "task_name", "optimized_metric", "trainer.log_every_n_steps"),
+    *("callbacks.checkpoint_steps", "callbacks.preemption", "callbacks.progress", "callbacks.report"),
+    *("callbacks.watchdog", "callbacks.evaluation.vectors_dir", "*.num_workers"),
+)
+#: Those that name what a run starts from.
+STARTS = (
+    *("weights", "ckpt_path", "callbacks.mining.ckpt_path", "rerank.pretrained_model_name_or_path"),
+    *("data.shards", "data.source", "data.negatives", "data.soft_labels", "model.encoder.corpus"),
+    *("model.encoder.pretrained_model_name_or_path", "model.encoder.llava_next", "model.encoder.nv_embed"),
+)
+#: Pictures of a source are not looked at, as where its shards are made: they may be millions.
+_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_SHOWN = 5  # of what has changed
 
 #: Overrides of a recipe, which its stages have values of their own for.
-_OF_RECIPE = ("experiment=", "stages", "evaluations", "hydra.run.dir=", "ckpt_path=", "test=")
+_OF_RECIPE = ("experiment=", "stages", "evaluations", "hydra.run.dir=", "ckpt_path=", "test=", "stage.")
 #: Keys and groups of a training, which an evaluation has not.
 _OF_TRAINING = ("train=", "save_encoder=", "mining=", "hparams_search=", "optimized_metric=")
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -68,14 +81,24 @@ def stages_of(cfg: DictConfig, directory: str | Path, given: Sequence[str]) -> l
     Args:
         cfg: With ``stages``, by name overrides of ``train``, and ``evaluations``, by name overrides of ``evaluate``.
         directory: Where each stage gets a folder of its name.
-        given: Overrides of the command line, which every run gets, but for those of the recipe itself.
+        given: Overrides of the command line, which every run gets, but for those of the recipe itself and those of a
+            stage, ``+stage.<name>.<override>``, which that stage and its evaluations get, after all others.
+
+    Raises:
+        UserInputError: If an override is of a stage that there is not.
     """
     recipe = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["stages", "evaluations"]), resolve=False)
     assert isinstance(recipe, dict)
-    own = [override for override in given if not override.lstrip("+~").startswith(_OF_RECIPE)]
+    of_all = [override for override in given if not override.lstrip("+~").startswith(_OF_RECIPE)]
+    of_one = [override.lstrip("+").split(".", 2)[1:] for override in given if override.lstrip("+").startswith("stage.")]
+    for name, override in of_one:
+        if name not in recipe["stages"]:
+            names = ", ".join(recipe["stages"])
+            raise UserInputError(f"+stage.{name}.{override}: the recipe has no stage {name!r}; write one of {names}")
     stages = []
     for name, overrides in recipe["stages"].items():
-        stage = Stage(str(name), Path(directory) / str(name), (*overrides, *own))
+        theirs = [override for one, override in of_one if one == name]
+        stage = Stage(str(name), Path(directory) / str(name), (*overrides, *of_all, *theirs))
         stages += [stage, *(evaluation(stage, str(n), more) for n, more in (recipe["evaluations"] or {}).items())]
     return stages
 
@@ -107,13 +130,13 @@ def run_stages(stages: Sequence[Stage]) -> None:
     composed = {stage.name: _composed(stage, stages) for stage in stages}
     for number, stage in enumerate(stages, 1):
         title = f"stage {number} of {len(stages)}, {stage.name}"
-        starts_from = {other.name: _outputs(other.directory) for other in stages if _refers(stage, other)}
-        made_of = fingerprint(_important(composed[stage.name]), starts_from)
-        if is_finished(stage.directory, made_of):
+        settings = _important(composed[stage.name])
+        settings |= {_reference(other): _outputs(other.directory) for other in stages if _refers(stage, other)}
+        if is_finished(stage.directory, settings):
             print(f"{title}: is finished, in {stage.directory}", flush=True)
             continue
-        _make_room(stage, title, made_of)
-        note = {"made_of": made_of, "finished": False, "starts": _starts(composed[stage.name]), "outputs": {}}
+        _make_room(stage, title, settings)
+        note = {"finished": False, "settings": settings, "starts": _starts(composed[stage.name]), "outputs": {}}
         write_atomically(stage.directory / STAGE_FILE, json.dumps(note, indent=1))
         _run(stage, title, stages)
         if stage.program == "train" and not _outputs(stage.directory):
@@ -125,28 +148,44 @@ def run_stages(stages: Sequence[Stage]) -> None:
         write_atomically(stage.directory / STAGE_FILE, json.dumps(note, indent=1))
 
 
-def is_finished(directory: Path, made_of: str) -> bool:
-    """Whether a stage with a fingerprint is finished there, its outputs are there and its start is as it was."""
+def is_finished(directory: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a stage is finished there, and configuration, starts and outputs are as they were then.
+
+    Args:
+        directory: Its run directory.
+        settings: The keys of its configuration that matter, and the hashes of what it has from earlier stages.
+    """
     note = read_json(directory / STAGE_FILE)
-    if note is None or not note["finished"] or note["made_of"] != made_of or _moved(note["starts"]):
-        return False
-    return all((directory / name).is_file() for name in note["outputs"])
+    return note is not None and note["finished"] and not _changes(directory, note, settings)
 
 
-def _make_room(stage: Stage, title: str, made_of: str) -> None:
-    """Remove what was made with another configuration, from another start or not whole; what was killed stays."""
+def _changes(directory: Path, note: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Keys, starts and outputs of a stage that are not as its note says."""
+    before, found = note.get("settings", {}), _outputs(directory)
+    keys = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
+    # What is gone has not changed: data may be deleted, or lie elsewhere as seen from another working directory.
+    places = [one for one, state in note["starts"].items() if Path(one).exists() and _state(Path(one)) != state]
+    return [*keys, *places, *(name for name, digest in note["outputs"].items() if found.get(name) != digest)]
+
+
+def _make_room(stage: Stage, title: str, settings: Mapping[str, Any]) -> None:
+    """Move aside what was made with another configuration, from another start or not whole; what was killed stays."""
     note, directory = read_json(stage.directory / STAGE_FILE), stage.directory
     if note is None:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserInputError(
                 f"{directory} holds something that no stage wrote; move it away, or give another hydra.run.dir"
             )
-    elif note["made_of"] != made_of or _moved(note["starts"]):
-        print(f"{title}: its configuration or what it starts from has changed; it is run anew", flush=True)
-        shutil.rmtree(directory)
-    elif note["finished"]:
-        print(f"{title}: some of {', '.join(note['outputs'])} is gone; it is run anew", flush=True)
-        shutil.rmtree(directory)
+    elif changed := _changes(directory, note, settings):
+        places = (directory.with_name(f"{directory.name}.old-{number}") for number in itertools.count(1))
+        old = next(place for place in places if not place.exists())
+        directory.rename(old)
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        print(
+            f"{title}: changed since it was run: {', '.join(changed[:_SHOWN])}{more}; it is run anew, and what was "
+            f"there is kept in {old}",
+            flush=True,
+        )
 
 
 def _run(stage: Stage, title: str, stages: Sequence[Stage]) -> None:
@@ -170,9 +209,12 @@ def run_program(program: str, arguments: Sequence[str]) -> int:
 
     Returns:
         Its status, as a shell gives it; never 0 where SIGTERM has asked both to end.
+
+    Raises:
+        UserInputError: If the script is not installed.
     """
-    script = Path(sysconfig.get_path("scripts")) / f"mmembed-{program}"
-    child = subprocess.Popen([sys.executable, str(script), *arguments], preexec_fn=_end_with_parent)
+    command = [sys.executable, str(_script(f"mmembed-{program}")), *arguments]
+    child = subprocess.Popen(command, preexec_fn=_end_with_parent)
     asked = threading.Event()
 
     def end(*_: object) -> None:
@@ -189,6 +231,18 @@ def run_program(program: str, arguments: Sequence[str]) -> int:
     if asked.is_set() and status == 0:
         return TRY_AGAIN  # it was at its end, or took no notice: nothing is begun after it
     return status if status >= 0 else 128 - status
+
+
+def _script(name: str) -> Path:
+    """A console script of the package, where its installer put it: it need not be beside the interpreter."""
+    files = (file for one in distributions(name="lightning-mmembed") for file in one.files or ())
+    for place in (Path(str(file.locate())) for file in files if file.name == name):
+        if place.is_file():
+            return place
+    raise UserInputError(
+        f"{name}, with which stages are run, is not installed; install the package with pip, a checkout with "
+        "pip install -e ."
+    )
 
 
 def _end_with_parent() -> None:
@@ -216,21 +270,21 @@ def _written(stage: Stage, stages: Sequence[Stage], place: Callable[[Stage], str
     """The overrides of a stage with places for the stages that they refer to."""
     written = []
     for override in stage.overrides:
-        key, _, value = override.partition("=")
+        key, equals, value = override.partition("=")
         parts = re.split(r"([\[\],])", value)  # of a list, each may refer to another stage
         for n, part in enumerate(parts):
             for other in stages:
                 parts[n] = parts[n].replace(_reference(other), place(other))
             if parts[n] != part:
                 parts[n] = _quoted(parts[n])
-        written.append(f"{key}={''.join(parts)}")
+        written.append(f"{key}{equals}{''.join(parts)}")
     return written
 
 
 def _composed(stage: Stage, stages: Sequence[Stage]) -> DictConfig:
     """A stage's configuration, in which other stages are known by their names."""
     overrides = _written(stage, stages, lambda other: f"<{other.name}>")
-    overrides += [f"paths.root_dir={_quoted(str(Path.cwd()))}", "paths.output_dir='.'"]
+    overrides += ["paths.root_dir=.", "paths.output_dir=."]  # the same from every working directory
     if GlobalHydra.instance().is_initialized():
         return compose(stage.program, overrides)
     with initialize_config_module("lightning_mmembed.conf", version_base="1.3"):
@@ -238,10 +292,22 @@ def _composed(stage: Stage, stages: Sequence[Stage]) -> DictConfig:
 
 
 def _important(cfg: DictConfig) -> dict[str, Any]:
-    """What of a configuration the figures depend on."""
+    """What of a configuration the figures depend on: keys such as ``data.batch_size`` with their values."""
     content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items() if key not in UNIMPORTANT}
+    return {key: value for key, value in _leaves(content) if not _is_within(key, UNIMPORTANT)}
+
+
+def _is_within(key: str, nodes: Sequence[str]) -> bool:
+    return any(fnmatchcase(f"{key}.", f"{node}.*") for node in nodes)
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested mappings and lists, and the keys that lead to them."""
+    inner = node if isinstance(node, dict) else dict(enumerate(node)) if isinstance(node, list) else {}
+    for name, value in inner.items():
+        yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    if not inner:
+        yield key, node
 
 
 def _outputs(directory: Path) -> dict[str, str]:
@@ -250,20 +316,19 @@ def _outputs(directory: Path) -> dict[str, str]:
 
 def _starts(cfg: DictConfig) -> dict[str, str]:
     """The state of the files and folders that a configuration starts from and that are there."""
-    named = [OmegaConf.select(cfg, key) for key in STARTS]
-    flat = [one for value in named for one in (value if isinstance(value, ListConfig) else [value])]
-    places = [str(Path(one).resolve()) for one in flat if isinstance(one, str) and Path(one).exists()]
-    return {place: _state(Path(place)) for place in places}
+    leaves = _leaves(OmegaConf.to_container(cfg, resolve=True))
+    named = {value for key, value in leaves if isinstance(value, str) and _is_within(key, STARTS)}
+    return {place: _state(Path(place)) for place in sorted(named) if place and Path(place).exists()}
 
 
 def _state(place: Path) -> str:
-    """Changes with a file, or with the weights or the manifest in a folder; none for what is gone."""
-    files = [place] if place.is_file() else sorted([*place.glob("*.safetensors"), *place.glob("manifest.json")])
-    return fingerprint([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-
-
-def _moved(starts: Mapping[str, str]) -> bool:
-    return any(_state(Path(place)) != state for place, state in starts.items())
+    """Changes with what shards hold; otherwise with size or time of a file, or of one in a folder."""
+    manifest = read_json(place / "manifest.json")
+    if isinstance(manifest, dict) and "fingerprint" in manifest:
+        return str(manifest["fingerprint"])
+    inside = (one for one in place.rglob("[!.]*") if one.suffix.lower() not in _PICTURES and one.is_file())
+    stats = [(str(file.relative_to(place)), file.stat()) for file in ([place] if place.is_file() else sorted(inside))]
+    return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def results_table(stages: Sequence[Stage]) -> Table:

@@ -78,6 +78,16 @@ def test_every_choice_of_a_group_composes(group: str, tmp_path: Path) -> None:
         OmegaConf.to_container(cfg, resolve=True)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
+def test_any_data_may_bring_soft_labels(name: str) -> None:
+    assert composed("train", f"data={name}", "data.soft_labels=x").data.soft_labels == "x"
+
+
+@pytest.mark.parametrize("name", ["tiny", "llava_next", "mm_embed", "mm_embed_parts"])
+def test_vectors_of_any_multimodal_llm_may_be_cut(name: str) -> None:
+    assert composed("train", f"model={name}", "model.encoder.truncate_dim=8").model.encoder.truncate_dim == 8
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_opens_with_the_command_that_runs_it(experiment: str) -> None:
     head = (CONF / "experiment" / f"{experiment}.yaml").read_text().partition("defaults:")[0]

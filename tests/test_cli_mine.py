@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from worlds import tiny_module, tiny_trainer
 from lightning_mmembed import HardNegativeMining, MBEIRDataModule, MLLMEncoder
 from lightning_mmembed.cli_mine import mine
 from lightning_mmembed.data import Shards
-from lightning_mmembed.data.negatives import KINDS, MinedNegatives
+from lightning_mmembed.data.negatives import KINDS, MinedNegatives, check_share, share_at
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.retrieval.search import exact_search
@@ -90,7 +91,7 @@ def test_any_pool_can_be_mined_in_and_training_takes_the_file(
         trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8, negatives=path))
 
 
-def test_the_cross_check_leaves_out_what_a_second_model_ranks_with_the_positives(
+def test_the_cross_check_leaves_out_what_a_second_model_ranks_with_the_positives_of_the_wanted_modality(
     tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     encoder = MLLMEncoder.from_pretrained(tiny_checkpoint, max_length=48)
@@ -110,7 +111,7 @@ def test_the_cross_check_leaves_out_what_a_second_model_ranks_with_the_positives
         )
     }
     plain = pq.read_table(mined(tiny_shards, tiny_checkpoint, tmp_path / "b.parquet", *RULE)).to_pylist()
-    shards, expected, left_out = Shards(tiny_shards), set(), 0
+    shards, expected, left_out, spared = Shards(tiny_shards), set(), 0, 0
     pool = shards.pool("train")
     by_did = dict(zip(pool.ids.tolist(), encoder.encode(list(pool.items)), strict=True))
     asked = {}
@@ -121,11 +122,13 @@ def test_the_cross_check_leaves_out_what_a_second_model_ranks_with_the_positives
         vector, positives = asked[row["qid"]]
         near = float(vector @ by_did[row["did"]]) - min(float(vector @ positive) for positive in positives)
         assert abs(near) > 1e-6
-        left_out += near >= 0
-        if near < 0:
+        checked = row["kind"] == KINDS.index("wrong_content")
+        left_out, spared = left_out + (checked and near >= 0), spared + (not checked and near >= 0)
+        if not checked or near < 0:
             expected.add((row["qid"], row["did"], row["kind"], row["rank"]))
     assert rows == expected
     assert left_out
+    assert spared, "a candidate of another modality cannot be a positive that nobody labelled"
     audit = MinedNegatives(tmp_path / "a.parquet").audit
     assert sum(task["left_out_by_check_margin"] for task in audit.values()) == left_out
 
@@ -149,6 +152,23 @@ def test_every_word_of_the_group_is_a_rule_in_training_and_offline(word: str, tm
         "curriculum": "modality_aware",
     }
     assert rule.rule == expected.get(word, rule.rule)
+
+
+def test_a_curriculum_goes_over_the_epochs_of_the_run_those_before_the_first_mining_included() -> None:
+    cfg = composed("train", "mining=curriculum", "paths.root_dir=/x", "paths.output_dir=/x/run")
+    (mined_after,) = cfg.callbacks.mining.after_epochs
+    share = cfg.data.wrong_modality_share
+    assert (mined_after, share.epochs) == (5, 10)
+    assert round(share_at(share, mined_after), 2) == 0.72, "as conf/mining/curriculum.yaml and docs/mining.md say"
+    assert [share_at(share, epoch) for epoch in (0, 9, 10)] == [1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("epochs", [-1, "null"])
+def test_a_curriculum_of_a_run_without_a_last_epoch_says_what_to_give(epochs: Any) -> None:
+    overrides = ("mining=curriculum", f"trainer.max_epochs={epochs}", "paths.root_dir=/x", "paths.output_dir=/x/run")
+    with pytest.raises(UserInputError, match=r"has no last epoch.*such as data\.wrong_modality_share\.epochs=8"):
+        check_share(composed("train", *overrides).data.wrong_modality_share)
+    check_share(composed("train", *overrides, "data.wrong_modality_share.epochs=8").data.wrong_modality_share)
 
 
 def test_plain_top_k_takes_the_first_ranks_whatever_their_modality(

@@ -18,6 +18,7 @@ from lightning_mmembed.losses import (
     contrastive_loss,
     distillation_loss,
     hardness_weighted_loss,
+    has_teacher,
     labelled_query_mask,
     symmetric_contrastive_loss,
 )
@@ -234,6 +235,17 @@ def test_a_query_without_candidates_adds_nothing_and_has_no_gradient() -> None:
     assert not gradient[0].any()
     assert gradient.isfinite().all()
     assert gradient[1].any()
+
+
+def test_a_query_has_a_teacher_where_it_has_a_gradient() -> None:
+    batch = random_batch(0, grad=True)
+    batch.listed = batch.listed.clone()
+    batch.listed[0, 1:] = -1
+    batch.mask = batch.mask.clone()
+    batch.mask[1, batch.listed[1, 1:3]] = True
+    gradient = torch.autograd.grad(distill(batch), batch.queries)[0]
+    assert torch.equal(has_teacher(batch.listed, batch.mask), gradient.abs().sum(1) > 0)
+    assert has_teacher(batch.listed, batch.mask).tolist() == [False, False, True, True, True]
 
 
 def test_a_batch_without_a_teacher_is_refused() -> None:

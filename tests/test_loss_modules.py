@@ -12,7 +12,7 @@ from loss_batches import cross_entropy, random_batch
 from omegaconf import OmegaConf
 
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.loss_modules import LearnedTemperature, MatryoshkaLoss
+from lightning_mmembed.loss_modules import LearnedTemperature, MatryoshkaLoss, check_widths
 from lightning_mmembed.losses import batch_arguments, contrastive_loss, symmetric_contrastive_loss
 
 # --- learned temperature --------------------------------------------------------------------------------------------
@@ -109,11 +109,23 @@ def test_the_full_length_alone_is_the_loss_itself() -> None:
     )
 
 
-def test_what_lies_past_the_longest_length_does_not_matter_and_has_no_gradient() -> None:
+@pytest.mark.parametrize(("dims", "given"), [([5, 2], 8), ([16, 4], 8), ([128, 64, 32], 4096)])
+def test_vectors_of_another_width_than_the_largest_length_are_refused(dims: list[int], given: int) -> None:
+    batch, loss = random_batch(0, dim=given), MatryoshkaLoss(contrastive_loss, dims)
+    suggested = r"\[4096, 1024, 256\]" if given == 4096 else r"\[8, 2\]"
+    message = rf"matryoshka_dims=.*: the largest must be {given}, the width of the vectors.*={suggested}"
+    for refused in (lambda: loss(*batch.arguments), lambda: check_widths(LearnedTemperature(loss), given)):
+        with pytest.raises(UserInputError, match=message):
+            refused()
+
+
+def test_every_number_of_a_vector_is_trained_and_the_lengths_come_in_any_order() -> None:
     batch = random_batch(0, grad=True)
-    gradient = torch.autograd.grad(MatryoshkaLoss(contrastive_loss, [5, 2])(*batch.arguments), batch.candidates)[0]
-    assert not gradient[:, 5:].any()
-    assert gradient[:, 2:5].any()
+    loss = MatryoshkaLoss(LearnedTemperature(), [2, 8, 5])
+    check_widths(loss, 8)
+    check_widths(contrastive_loss, 7)
+    gradient = torch.autograd.grad(loss(*batch.arguments), batch.candidates)[0]
+    assert (gradient.abs().sum(0) > 0).all()
 
 
 def test_losses_may_hold_each_other_and_ask_for_what_the_innermost_needs() -> None:
@@ -134,7 +146,6 @@ def test_losses_may_hold_each_other_and_ask_for_what_the_innermost_needs() -> No
         ([], None, r"matryoshka_dims=\[\] must be one length or more"),
         ([4, 0], None, r"matryoshka_dims=\[4, 0\] must be"),
         ([4, 2], [1.0], r"matryoshka_weights=\[1.0\] must be as many"),
-        ([16], None, r"matryoshka_dims=\[16\]: the vectors have 8 numbers"),
     ],
 )
 def test_lengths_that_cannot_be_are_named(dims: list[int], weights: list[float] | None, message: str) -> None:

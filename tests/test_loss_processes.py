@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ from parity_cells import SIZES, Cell
 from torch import Tensor, nn
 
 from lightning_mmembed.distributed import Processes
+from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.items import encode_id
 from lightning_mmembed.loss_modules import LearnedTemperature, MatryoshkaLoss
-from lightning_mmembed.losses import hardness_weighted_loss, labelled_positive_mask, symmetric_contrastive_loss
+from lightning_mmembed.losses import (
+    distillation_loss,
+    hardness_weighted_loss,
+    labelled_positive_mask,
+    symmetric_contrastive_loss,
+)
 from lightning_mmembed.strategies import FSDP2Strategy
 
 pytestmark = pytest.mark.slow
@@ -89,3 +96,38 @@ def test_every_process_has_the_gradients_of_one_that_has_all_queries(
             assert found["own"].keys() == own.keys()
             for weight, gradient in own.items():
                 torch.testing.assert_close(found["own"][weight], gradient, rtol=1e-5, atol=1e-6)
+
+
+class Told(Callback):
+    """Keeps the share of the queries that have a teacher."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.share = float(trainer.callback_metrics["train/share_with_teacher"])
+
+
+def distil(processes: Processes, checkpoint: Path, directory: Path) -> None:
+    """A step in which the first process alone has a teacher, and one without any; write what each process is told."""
+    found = []
+    for scored in (True, False):
+        cell, told = Cell("ddp-2", "plain"), Told()
+        encoder = cell.encoder(checkpoint)
+        batch = batch_of(encoder, cell.world[processes.rank])
+        scores = torch.arange(float(batch.listed.numel())).view(batch.listed.shape)
+        if processes.rank or not scored:
+            scores[:, 1:] = torch.nan
+        module = with_sgd(encoder, loss=distillation_loss)
+        try:
+            batches = [replace(batch, teacher_scores=scores)]
+            fit(directory, module, batches, devices=2, strategy="ddp", callbacks=[told])
+            found.append(f"{told.share:.3f}")
+        except UserInputError as error:
+            found.append(str(error)[:25])
+    (directory / str(processes.rank)).write_text("\n".join(found))
+
+
+def test_all_processes_are_told_the_share_with_a_teacher_and_refuse_a_step_without_any(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    in_processes(2, distil, tiny_checkpoint, tmp_path)
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text().splitlines() == ["0.400", "no query of this step has"], rank

@@ -61,7 +61,7 @@ def left_out(rankings: Rankings, rule: MiningRule, row: int, place: int) -> str 
         return "max_score"
     if rule.min_score is not None and score < np.float32(rule.min_score):
         return "min_score"
-    if rule.check_margin is not None:
+    if rule.check_margin is not None and rankings.modalities[row, place] == rankings.wanted:
         bound = rankings.check_positive_scores[row] - np.float32(rule.check_margin)
         if rankings.check_scores[row, place] >= bound:
             return "check_margin"
@@ -116,6 +116,8 @@ FILTERS = [{}, *({name: value} for name, value in THRESHOLDS.items()), THRESHOLD
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: "+".join(filters) or "none")
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "paper")
 def test_every_rule_equals_a_loop_over_every_ranking(settings: dict[str, Any], filters: dict[str, float]) -> None:
+    if settings.get("rule") == "wrong_modality":
+        filters = {name: value for name, value in filters.items() if name != "check_margin"}
     rule = MiningRule(**{"k": 20, "k_prime": 12, **settings, **filters})
     kept = dropped = 0
     for seed in range(4):
@@ -153,6 +155,19 @@ def test_a_labelled_positive_is_of_no_kind_under_any_rule(settings: dict[str, An
         assert counts["positives_met"] == met > 0
         assert (kinds[rankings.dids < 0] == -1).all()
         assert (kinds[:, 20:] == -1).all()
+
+
+CHECKED = [settings for settings in SETTINGS if settings.get("rule") != "wrong_modality"]
+
+
+@pytest.mark.parametrize("settings", CHECKED, ids=lambda settings: "-".join(map(str, settings.values())) or "paper")
+def test_the_check_by_another_model_leaves_out_no_candidate_of_another_modality(settings: dict[str, Any]) -> None:
+    rankings = random_rankings(0)
+    biased = dataclasses.replace(rankings, check_scores=np.where(rankings.modalities == 1, -9, 9).astype(np.float32))
+    rule = MiningRule(**{"k": 20, "k_prime": 12, **settings})
+    kinds, counts = mine_rankings(biased, dataclasses.replace(rule, check_margin=0.0))
+    np.testing.assert_array_equal(kinds, mine_rankings(rankings, rule)[0])
+    assert counts["left_out_by_check_margin"] == 0
 
 
 def part(rankings: Rankings, rows: slice) -> Rankings:
@@ -279,6 +294,7 @@ def test_the_audit_of_nothing_is_made_of_zeros() -> None:
         ({"sampling_strategy": "best", "num_negatives": 1}, r"sampling_strategy='best' is unknown"),
         ({"sampling_strategy": "random"}, r"without num_negatives"),
         ({"seed": -1}, r"seed=-1 must be"),
+        ({"rule": "wrong_modality", "check_margin": 0.0}, r"check_margin=0.0 has no effect with rule='wrong_modality'"),
     ],
     ids=str,
 )

@@ -20,6 +20,8 @@ from lightning_mmembed.checkpoints import load_encoder_weights
 from lightning_mmembed.data.batches import TrainingBatch
 from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.loss_modules import MatryoshkaLoss
+from lightning_mmembed.losses import contrastive_loss
 
 
 class Recorder(Callback):
@@ -102,6 +104,19 @@ def test_a_scheduler_that_needs_the_number_of_steps_says_so_when_there_is_none(
     module.scheduler = partial(get_cosine_schedule_with_warmup, num_warmup_steps=2)
     with pytest.raises(UserInputError, match="the scheduler needs to know the number of steps; set max_epochs"):
         tiny_trainer(tmp_path, max_epochs=-1, max_time="00:00:00:01").fit(module, MBEIRDataModule(tiny_shards))
+
+
+def test_a_loss_for_vectors_of_another_width_is_refused_before_a_callback_begins(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    class Begins(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise AssertionError("such as an evaluation of the whole pool")
+
+    module = tiny_module(tiny_checkpoint)
+    module.loss = MatryoshkaLoss(contrastive_loss, [16, 8])
+    with pytest.raises(UserInputError, match=r"matryoshka_dims=\[16, 8\]: the largest must be 32"):
+        tiny_trainer(tmp_path, max_epochs=1, callbacks=[Begins()]).fit(module, MBEIRDataModule(tiny_shards))
 
 
 def test_frozen_parameters_are_left_out_of_the_optimizer(tiny_checkpoint: Path) -> None:

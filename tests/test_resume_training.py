@@ -5,12 +5,15 @@ A whole run saves a checkpoint at every moment at which Lightning may; from each
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -223,3 +226,71 @@ def test_a_resumed_run_evaluates_what_a_whole_one_does(world: World) -> None:
         world.fit(ckpt_path, callbacks=(evaluation,) if ckpt_path else (evaluation, saver))
         evaluations.append(evaluation.evaluations)
     assert evaluations[0] == evaluations[1]
+
+
+# --- the negatives that a checkpoint was trained with ---------------------------------------------------------------
+
+
+def other_negatives(path: Path) -> bytes:
+    """Put other negatives of the same pool at the place of a file; returns what it held."""
+    held, table = path.read_bytes(), pq.read_table(path)
+    pq.write_table(table.slice(0, table.num_rows // 2), path)
+    return held
+
+
+def given_negatives(world: World) -> Path:
+    """A file of negatives, as one that was mined before."""
+    world.fit(mined=True, limit_val_batches=0)
+    return (world.folder / "negatives-1.parquet").rename(world.folder / "given.parquet")
+
+
+@pytest.mark.parametrize("moment", ["0-batch-after-1", "3-epoch-after-3"])
+def test_a_run_whose_negatives_were_replaced_meanwhile_is_refused(world: World, moment: str) -> None:
+    given, saver = given_negatives(world), Saver(world.folder)
+    settings: dict[str, Any] = {"data": {"negatives": [given], "negatives_per_query": 2}, "limit_val_batches": 0}
+    expected = world.fit(callbacks=(saver,), **settings)
+    held = other_negatives(given)
+    with pytest.raises(
+        UserInputError, match=r"given\.parquet' was replaced since .*put that file back, or begin a new"
+    ):
+        world.fit(world.folder / f"{moment}.ckpt", **settings)
+    given.write_bytes(held)
+    assert_same(world.fit(world.folder / f"{moment}.ckpt", **settings), expected, moment)
+
+
+def test_a_checkpoint_that_knows_the_path_alone_is_taken_as_it_is(world: World) -> None:
+    given, saver = given_negatives(world), Saver(world.folder)
+    settings: dict[str, Any] = {"data": {"negatives": given}, "limit_val_batches": 0}
+    world.fit(callbacks=(saver,), **settings)
+    content = torch.load(saver.saved[0], weights_only=True)
+    assert content["MBEIRDataModule"].pop("sha256") == {str(given): hashlib.sha256(given.read_bytes()).hexdigest()}
+    torch.save(content, world.folder / "old.ckpt")
+    other_negatives(given)
+    world.fit(world.folder / "old.ckpt", **settings)
+
+
+def test_a_file_that_the_run_itself_mines_again_is_taken_and_the_one_before_is_not(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = given_negatives(world).rename(world.folder / "negatives-1.parquet")
+    other_negatives(path)
+    pq.write_table(pq.read_table(path).replace_schema_metadata(of_another_encoder(path)), path)
+    given, saver = path.read_bytes(), Saver(world.folder)
+    settings: dict[str, Any] = {"data": {"negatives": path}, "mined": True, "limit_val_batches": 0}
+    caplog.clear()
+    expected = world.fit(callbacks=(saver,), **settings)
+    assert path.read_bytes() != given
+    replaced = [record.message for record in caplog.records if record.levelname == "WARNING" and "given" in record.msg]
+    assert len(replaced) == 1
+    assert f"no more from negatives={path}" in replaced[0]
+    for saved in saver.saved[BATCHES:]:  # the first of them was saved before it was mined
+        assert_same(world.fit(saved, **settings), expected, saved.name)
+    with pytest.raises(UserInputError, match=r"negatives-1\.parquet' was replaced"):
+        world.fit(saver.saved[0], **settings)
+
+
+def of_another_encoder(path: Path) -> dict[bytes, bytes]:
+    """The metadata of a file of negatives, but for what mined it."""
+    metadata = pq.read_schema(path).metadata
+    made_of = {**json.loads(metadata[b"made_of"]), "encoder": "another"}
+    return {**metadata, b"made_of": json.dumps(made_of).encode()}

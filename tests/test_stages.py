@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from lightning_mmembed.errors import TRY_AGAIN, UserInputError
 from lightning_mmembed.files import file_sha256
 from lightning_mmembed.stages import (
     STAGE_FILE,
+    UNIMPORTANT,
     Stage,
     _composed,
     _important,
+    _leaves,
     _quoted,
     _starts,
     _written,
@@ -95,6 +99,42 @@ def test_the_paper_s_stages_have_the_paper_s_settings(tmp_path: Path) -> None:
         assert cfg.model.encoder.get("passage_length") == (512 if name in ("continual", "joint") else None)
 
 
+def test_an_override_of_a_stage_is_of_that_stage_and_its_evaluations_alone_and_goes_last(tmp_path: Path) -> None:
+    given = ["model.optimizer.lr=1e-3", "+stage.continual.model.optimizer.lr=2e-5", "+stage.hard.trainer=cpu"]
+    given += ["+stage.hard.data.upsample={webqa: 2}", "model=tiny", "+stage.joint.model=llava_next"]
+    given += ["+stage.joint.model.encoder.pretrained_model_name_or_path=m", "~callbacks.report"]
+    stages = recipe("", tmp_path, *given)
+    cfgs = {stage.name: _composed(stage, stages) for stage in stages}
+    for name, cfg in cfgs.items():
+        stage = name.partition("/")[0]
+        assert cfg.model.optimizer.lr == (2e-5 if stage == "continual" else 1e-3), name
+        assert cfg.trainer.accelerator == ("cpu" if stage == "hard" else "gpu"), name
+        assert cfg.data.upsample == ({"webqa": 2} if stage == "hard" else None), name
+        assert ("tiny" in cfg.model.encoder._target_) == (stage != "joint"), name
+        assert "report" not in cfg.callbacks, name
+
+
+def test_an_override_of_a_stage_that_there_is_not_names_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match="no stage 'continued'; write one of random, hard, continual, joint"):
+        recipe("", tmp_path, "+stage.continued.seed=1")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("all.yaml")), ids=lambda path: path.parent.name)
+def test_every_command_at_the_head_of_a_recipe_composes_and_leaves_continual_its_low_rate(path: Path) -> None:
+    head = path.read_text().partition("defaults:")[0].replace("\\\n#", "")
+    commands = re.findall(r"^#   python train.py (.*)", head, re.MULTILINE)
+    assert commands
+    for command in commands:
+        given = shlex.split(command)
+        cfg = composed("train", *given, "paths.root_dir=.", "paths.output_dir=.")
+        stages = stages_of(cfg, ".", given)
+        cfgs = {stage.name: _composed(stage, stages) for stage in stages}
+        rates = {name: cfg.model.optimizer.lr for name, cfg in cfgs.items()}
+        assert rates["hard"] == rates["random"] == rates["joint"] == 5 * rates["continual"]
+        for cfg in cfgs.values():
+            _important(cfg)
+
+
 @pytest.mark.parametrize("value", ["/a b/c", "it's", "a=b,c", "[1]{2}", "back\\slash", "a\\'b", "end\\\\"])
 def test_a_quoted_path_reaches_a_stage_as_it_is(value: str) -> None:
     cfg = composed("train", f"weights={_quoted(value)}")
@@ -115,13 +155,119 @@ def test_a_recipe_is_not_started_by_one_of_several_processes(tmp_path: Path, mon
         run_stages(recipe("mini/", tmp_path))
 
 
+# --- the programs ---------------------------------------------------------------------------------------------------
+
+#: A training that writes its process number for its weights.
+TRAINING = """
+import os, pathlib, re, sys
+directory = pathlib.Path(next(re.sub("^'|'$", "", a[14:]) for a in sys.argv if a.startswith("hydra.run.dir=")))
+(directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+(directory / "checkpoints" / "best.ckpt").write_text(str(os.getpid()))
+"""
+
+
+def installed(directory: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:
+    """Install programs as pip does with --user: the package's record in one folder, its scripts in another's bin/."""
+    home = directory / "home"
+    record = home / "lib" / "site-packages" / "lightning_mmembed-0.1.0.dist-info" / "RECORD"
+    for place in (record.parent, home / "bin"):
+        place.mkdir(parents=True)
+    (record.parent / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-mmembed\nVersion: 0.1.0\n")
+    record.write_text("".join(f"../../bin/mmembed-{name},,\n" for name in programs))
+    for name, content in programs.items():
+        (home / "bin" / f"mmembed-{name}").write_text(content)
+    monkeypatch.syspath_prepend(str(record.parents[1]))
+
+
 def test_nothing_is_begun_after_a_stage_that_ends_well_although_it_was_asked_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", "os.kill(os.getppid(), signal.SIGTERM)")
-    (tmp_path / "mmembed-evaluate").write_text("\n".join(["import os, signal, sys", *lines, "signal.pause()"]))
-    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    program = "\n".join(["import os, signal, sys", *lines, "signal.pause()"])
+    installed(tmp_path, monkeypatch, evaluate=program)
     assert run_program("evaluate", []) == TRY_AGAIN
+
+
+def test_a_program_is_found_where_it_was_installed_and_its_lack_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(tmp_path, monkeypatch, train="raise SystemExit(7)")
+    assert run_program("train", ["no.such.key=1"]) == 7
+    monkeypatch.setattr(sys, "path", sys.path[:1])
+    (tmp_path / "home" / "bin" / "mmembed-train").unlink()
+    for program in ("train", "evaluate"):  # recorded and gone, and not recorded
+        with pytest.raises(UserInputError, match=f"^mmembed-{program}, .* is not installed; install the package"):
+            run_program(program, ["no.such.key=1"])
+
+
+# --- what is finished -----------------------------------------------------------------------------------------------
+
+
+def random_stage(directory: Path, *overrides: str) -> Stage:
+    common = ("experiment=mm_embed/mini/random", "model.encoder.pretrained_model_name_or_path=start")
+    return Stage("random", directory / "runs" / "random", (*common, *overrides))
+
+
+def test_a_finished_stage_is_left_as_it_is_where_a_setting_changes_that_no_figure_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed(tmp_path, monkeypatch, train=TRAINING)
+    run_stages([random_stage(tmp_path)])
+    capsys.readouterr()
+    unimportant = {
+        "data.num_workers": 2,
+        "callbacks.evaluation.num_workers": 1,
+        "callbacks.watchdog.timeout": 7,
+        "callbacks.progress": "null",
+        "callbacks.checkpoint_steps.every_n_train_steps": 5,
+        "callbacks.report.queries_per_task": 1,
+        "callbacks.preemption": "null",
+        "optimized_metric": "val/union/hit@5",
+        "trainer.log_every_n_steps": 3,
+    }
+    run_stages([random_stage(tmp_path, *(f"{key}={value}" for key, value in unimportant.items()))])
+    assert "is finished" in capsys.readouterr().out
+    monkeypatch.chdir("/")  # nor does it depend on where the command is given
+    run_stages([random_stage(tmp_path)])
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_all_that_is_held_unimportant_is_in_the_configuration_of_a_stage() -> None:
+    content = OmegaConf.to_container(composed("train", "paths.root_dir=.", "paths.output_dir=."), resolve=True)
+    keys = [f"{key}." for key, _ in _leaves(content)]
+    for pattern in UNIMPORTANT:
+        assert any(fnmatchcase(key, f"{pattern}.*") for key in keys), pattern
+
+
+def test_what_is_run_anew_is_kept_beside_it_and_said_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed(tmp_path, monkeypatch, train=TRAINING)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "model.safetensors").write_bytes(b"begun with")
+    place = tmp_path / "runs" / "random"
+    made = []
+
+    def run(*overrides: str) -> str:
+        """Run the stage, and give what was said to have changed."""
+        run_stages([random_stage(tmp_path, *overrides)])
+        made.append((place / "checkpoints" / "best.ckpt").read_bytes())
+        said = re.search(r": changed since it was run: (.*); it is run anew, (.*)", capsys.readouterr().out)
+        assert said is None or said[2] == f"and what was there is kept in {place}.old-{len(made) - 1}"
+        return "" if said is None else said[1]
+
+    later = ("data.batch_size=3", "data.upsample={edis: 2}")
+    assert run() == ""
+    assert run(*later) == "data.batch_size, data.upsample.edis"
+    (place / "checkpoints" / "best.ckpt").write_bytes(made[1][:-1])  # cut short
+    assert run(*later) == "checkpoints/best.ckpt"
+    (tmp_path / "start" / "model.safetensors").write_bytes(b"begun with another")
+    assert run(*later) == "start"
+    assert run(*later) == ""
+    kept = [Path(f"{place}.old-{number}") / "checkpoints" / "best.ckpt" for number in (1, 2, 3)]
+    assert [path.read_bytes() for path in kept] == [made[0], made[1][:-1], made[2]]
+    assert len(set(made)) == 4  # and a stage that was finished
 
 
 def test_a_folder_that_no_stage_wrote_is_left_alone(tmp_path: Path) -> None:
@@ -139,20 +285,75 @@ def test_a_stage_is_finished_as_long_as_configuration_outputs_and_start_are_as_t
     output.parent.mkdir()
     output.write_bytes(b"trained")
     start.write_bytes(b"begun with")
-    note = {"made_of": "a", "finished": True, "outputs": {"checkpoints/best.ckpt": file_sha256(output)}}
+    settings = {"seed": 1, "weights": None}
+    note: dict[str, Any] = {"settings": settings, "finished": True}
+    note["outputs"] = {"checkpoints/best.ckpt": file_sha256(output)}
     note["starts"] = _starts(OmegaConf.create({"weights": str(start), "data": {"shards": ["/absent"]}}))
     (tmp_path / STAGE_FILE).write_text(json.dumps(note))
-    assert is_finished(tmp_path, "a")
-    assert not is_finished(tmp_path, "b")
+    assert is_finished(tmp_path, settings)
+    assert is_finished(tmp_path, {"seed": 1, "of a later version": None})
+    assert not is_finished(tmp_path, {"seed": 2})
     start.write_bytes(b"begun with another")
-    assert not is_finished(tmp_path, "a")
-    note["starts"] = {}
+    assert not is_finished(tmp_path, settings)
+    start.unlink()
+    assert is_finished(tmp_path, settings)
     (tmp_path / STAGE_FILE).write_text(json.dumps({**note, "finished": False}))
-    assert not is_finished(tmp_path, "a")
+    assert not is_finished(tmp_path, settings)
+    (tmp_path / STAGE_FILE).write_text(json.dumps({**note, "settings": {}}))
+    assert not is_finished(tmp_path, settings)
     (tmp_path / STAGE_FILE).write_text(json.dumps(note))
-    assert is_finished(tmp_path, "a")
+    assert is_finished(tmp_path, settings)
+    output.write_bytes(b"train")
+    assert not is_finished(tmp_path, settings)
     output.unlink()
-    assert not is_finished(tmp_path, "a")
+    assert not is_finished(tmp_path, settings)
+
+
+def shards_written(directory: Path, fingerprint: str) -> str:
+    directory.mkdir(exist_ok=True)
+    (directory / "manifest.json").write_text(json.dumps({"fingerprint": fingerprint}))
+    return str(directory)
+
+
+def test_training_data_that_changed_is_noticed_wherever_a_configuration_names_it(tmp_path: Path) -> None:
+    names = ("a", "b", "c", "d", "one", "of a list")
+    shards = {name: shards_written(tmp_path / name, "before") for name in names}
+    files = {name: tmp_path / f"{name}.parquet" for name in ("negatives", "soft_labels", "given")}
+    source, weights = tmp_path / "source", tmp_path / "nv_embed"
+    for path in (*files.values(), source / "query" / "train" / "queries.jsonl", weights / "model.safetensors"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    data = {
+        "shards": {"_target_": "builtins.sum", "_args_": [[[shards["a"]], [shards["b"]]], []]},
+        "negatives": str(files["negatives"]),
+        "soft_labels": str(files["soft_labels"]),
+    }
+    made = [{"_target_": "shards_of", "source": {"_target_": "made", "out": str(source)}, "out": shards["c"]}]
+    configurations = [
+        {"data": data, "model": {"encoder": {"nv_embed": str(weights), "corpus": {"shards": [shards["d"]]}}}},
+        {"data": {"shards": made}},
+        {"data": {"shards": shards["one"], "negatives": [str(files["given"])]}},
+        {"data": {"shards": [shards["of a list"]]}},
+    ]
+    starts: dict[str, str] = {}
+    for cfg in configurations:
+        starts |= _starts(OmegaConf.create(cfg))
+    assert starts.keys() == {*shards.values(), *map(str, files.values()), str(source), str(weights)}
+    (tmp_path / STAGE_FILE).write_text(json.dumps({"settings": {}, "finished": True, "outputs": {}, "starts": starts}))
+    for name in names:  # merely touched
+        os.utime(tmp_path / name / "manifest.json", (1, 1))
+    (source / "images").mkdir()
+    (source / "images" / "1.jpg").write_text("no picture is looked at")
+    assert is_finished(tmp_path, {})
+    changes = [tmp_path / name / "manifest.json" for name in names]
+    changes += [*files.values(), source / "query" / "train" / "queries.jsonl", weights / "model.safetensors"]
+    for path in changes:
+        before = path.read_text(), path.stat().st_mtime_ns
+        path.write_text(before[0].replace("before", "afterwards"))
+        assert not is_finished(tmp_path, {}), path
+        path.write_text(before[0])
+        os.utime(path, ns=(before[1], before[1]))
+        assert is_finished(tmp_path, {}), path
 
 
 def test_a_start_is_pretrained_without_instructions(tiny_shards: Path) -> None:
@@ -212,6 +413,7 @@ def test_a_user_s_own_data_goes_through_all_stages_killed_once_and_anew_where_a_
         "text=[shards/birds]",
         "model=tiny",
         "model.optimizer.lr=1e-3",
+        "+stage.continual.model.optimizer.lr=2e-4",
         "trainer=cpu",
         "hydra.run.dir=runs/pets",
         "model.encoder.corpus.shards=[shards/pets,shards/birds]",
@@ -232,15 +434,19 @@ def test_a_user_s_own_data_goes_through_all_stages_killed_once_and_anew_where_a_
     assert "random: is finished" in first
     assert "hard: is finished" not in first
     for name in ("random", "hard", "continual"):
+        rate = OmegaConf.load(runs / name / "config.yaml").model.optimizer.lr
+        assert rate == (2e-4 if name == "continual" else 1e-3)
         assert json.loads((runs / name / STAGE_FILE).read_text())["outputs"].keys() == {"checkpoints/best.ckpt"}
         found = json.loads((runs / name / "text" / "metrics.json").read_text())
         assert found["union"]["tasks"].keys() == {"birds_task1"}
     assert re.search(r"continual +\S text +\S 13 ", first)
 
     (runs / "hard" / "checkpoints" / "best.ckpt").unlink()
+    command.remove("+stage.continual.model.optimizer.lr=2e-4")
     again = finished([*command, "~stages.continual"], tmp_path)
     assert again.count(": is finished") == 2
-    assert "hard: some of checkpoints/best.ckpt is gone; it is run anew" in again
+    assert "hard: changed since it was run: checkpoints/best.ckpt; it is run anew" in again
+    assert (runs / "hard.old-1" / "text" / "metrics.json").is_file()
 
     changed = finished([*command, "~stages.hard", "~stages.continual", "loss.temperature=0.1"], tmp_path)
-    assert "random: its configuration or what it starts from has changed; it is run anew" in changed
+    assert "random: changed since it was run: loss.temperature, model.loss.temperature; it is run anew" in changed

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 class HardNegativeMining(Callback):
     """Mines before fit or between epochs, by the rule of MM-Embed or another.
 
-    A version is one Parquet file ``negatives-{version}.parquet``, from which the datamodule draws in the next epoch.
+    A version is one Parquet file ``negatives-{version}.parquet``, from which the datamodule draws in the next epoch, in
+    place of all files that it drew from before, those that were given to it included.
     What is to be mined follows from the number of epochs that are done and the versions that a checkpoint knows, so a
     run that was killed before or while it mined does so when it is resumed, and one that was killed after it takes the
     file as it is.
@@ -122,5 +123,12 @@ class HardNegativeMining(Callback):
                 write_negatives(path, columns, facts, audit)
                 log.info("mined %s into %s", total_counts(audit), path)
             processes.barrier()
+        if datamodule.negatives is not None and not self.versions and trainer.is_global_zero:
+            log.warning(
+                "from now on negatives are drawn from %s and no more from negatives=%s, which were given; to keep "
+                "those, train without this callback: callbacks.mining=null",
+                path,
+                datamodule.negatives,
+            )
         self.versions.append({"epochs": done, "step": trainer.global_step, "path": str(path), "audit": audit})
         datamodule.use_negatives(path)

@@ -25,6 +25,7 @@ from lightning_mmembed.data.union import open_shards
 from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import file_sha256
 from lightning_mmembed.items import Candidate, Query
 
 
@@ -50,7 +51,7 @@ class MBEIRDataModule(LightningDataModule):
         negatives_per_query: Hard negatives for each query once they are mined.
         negatives: A file of mined or given negatives to start with, or several, such as one for each folder of shards.
         wrong_modality_share: Share of the kind ``wrong_modality`` among the negatives that are drawn; a curriculum is a
-            number for each epoch, or ``{"start": 1.0, "end": 0.5, "epochs": 8}`` for equal steps.
+            number for each epoch of the run, or ``{"start": 1.0, "end": 0.5, "epochs": 8}`` for equal steps.
         instructions: False leaves them out of all batches, as a backbone is pretrained; rankings are made with them.
         soft_labels: A file of scores to distil from (``mmembed-rerank negatives=... soft_labels=...``), for a loss
             that asks for them.
@@ -95,11 +96,11 @@ class MBEIRDataModule(LightningDataModule):
         self.batch_size, self.batch_mix, self.num_workers, self.seed = batch_size, batch_mix, num_workers, seed
         self.upsample, self.temperature = upsample, temperature
         self.negatives_per_query, self.negatives = negatives_per_query, negatives
-        self.wrong_modality_share = wrong_modality_share
-        self.max_bad_fraction, self.instructions = max_bad_fraction, instructions
         self.wrong_modality_share, self.soft_labels = wrong_modality_share, soft_labels
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction, self.instructions = max_bad_fraction, instructions
         self._shards: Shards | None = None
+        #: By path of a file of negatives its SHA-256 when the run first asked for it.
+        self._sha256: dict[str, str] = {}
 
     def prepare_data(self) -> None:
         """Make the shards, unless some of the source's records stand there, made with whatever settings."""
@@ -117,18 +118,26 @@ class MBEIRDataModule(LightningDataModule):
         return self._shards
 
     def use_negatives(self, path: str | Path) -> None:
-        """Draw hard negatives from a file from the next epoch on."""
+        """Draw hard negatives from a file, as it is now, from the next epoch on."""
         self.negatives = path
+        self._sha256.pop(str(path), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the version of the mined negatives in use."""
-        if self.negatives is None or isinstance(self.negatives, str | Path):
-            return {"negatives": None if self.negatives is None else str(self.negatives)}
-        return {"negatives": [str(path) for path in self.negatives]}
+        """What a checkpoint keeps: the files of the mined negatives in use, and the SHA-256 of each."""
+        if self.negatives is None:
+            return {"negatives": None}
+        one = isinstance(self.negatives, str | Path)
+        paths = [str(path) for path in cast(Sequence[str | Path], [self.negatives] if one else self.negatives)]
+        for path in paths:
+            if path not in self._sha256 and Path(path).is_file():
+                self._sha256[path] = file_sha256(path)
+        known = {path: self._sha256[path] for path in paths if path in self._sha256}
+        return {"negatives": paths[0] if one else paths, "sha256": known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the mined negatives that the checkpoint was trained with."""
+        """Take up the mined negatives that the checkpoint was trained with; a file is checked when it is drawn from."""
         self.negatives = state_dict["negatives"]
+        self._sha256 = dict(state_dict.get("sha256", {}))
 
     def train_dataloader(self) -> TrainingLoader:
         """Batches of the training queries from where the Trainer is, with the mined negatives in use."""
@@ -147,6 +156,7 @@ class MBEIRDataModule(LightningDataModule):
     def _training_batches(self, rows: np.ndarray) -> TrainingBatches:
         mined = None if self.negatives is None else MinedNegatives(self.negatives)
         if mined is not None:
+            self._check_unchanged(mined.paths)
             pools = [TRAIN_POOL, "val", "test", *self.shards.manifest["counts"]["pools"]]
             mined.check_pool(*(made_of for pool in pools for made_of in self.shards.pool_fingerprints(pool)))
         n_negatives = 0 if mined is None else self.negatives_per_query
@@ -157,6 +167,17 @@ class MBEIRDataModule(LightningDataModule):
         if self.soft_labels is not None:
             settings["teacher"] = SoftLabels(self.soft_labels, self.shards.fingerprint)
         return self._batches("train", rows, draw_instructions=True, mined=mined, **settings)
+
+    def _check_unchanged(self, paths: Sequence[Path]) -> None:
+        """Refuse a file of negatives that holds something else than when the run, or its checkpoint, knew it."""
+        for path in paths:
+            found = file_sha256(path)
+            if self._sha256.setdefault(str(path), found) != found:
+                raise UserInputError(
+                    f"negatives={str(path)!r} was replaced since the run began to draw from it, and would go on with "
+                    "other negatives; put that file back, or begin a new run with the weights of the checkpoint: "
+                    "weights=... in place of ckpt_path=..."
+                )
 
     def _fixed_dataloader(self, split: str) -> DataLoader[TrainingBatch]:
         rows, pool = self.shards.query_rows(split), self.shards.pool(split).ids.numpy()

@@ -19,7 +19,8 @@ from lightning_mmembed.items import decode_id
 from lightning_mmembed.mining_rule import KINDS as KINDS
 
 #: The share of the wrong modality among the drawn negatives: a number; a number for each epoch, of which the last goes
-#: on; or from ``start`` in the first epoch by equal steps to ``end`` in the last of so many ``epochs``.
+#: on; or from ``start`` in the first epoch by equal steps to ``end`` in the last of so many ``epochs``. All epochs of a
+#: run count, those without negatives too.
 Share = float | Sequence[float] | Mapping[str, float]
 
 SCHEMA = pa.schema(
@@ -127,19 +128,26 @@ def check_share(share: Share) -> None:
     """Refuse a share that is none.
 
     Raises:
-        UserInputError: If a number is not from 0 to 1, or an entry is missing.
+        UserInputError: If a number is not from 0 to 1, an entry is missing, or there is no last epoch.
     """
     message = f"wrong_modality_share={share!r} cannot be used: "
     if isinstance(share, Mapping):
         if set(share) != {"start", "end", "epochs"}:
             raise UserInputError(f"{message}write start, end and epochs, such as {{start: 1.0, end: 0.5, epochs: 8}}")
-        if not (math.isfinite(share["epochs"]) and share["epochs"] >= 1):
-            raise UserInputError(f"{message}epochs must be 1 or more")
+        if not (_is_number(share["epochs"]) and share["epochs"] >= 1):
+            raise UserInputError(
+                f"{message}epochs={share['epochs']} has no last epoch, as with trainer.max_epochs=-1; say after how "
+                "many epochs end is reached, such as data.wrong_modality_share.epochs=8"
+            )
         numbers = [share["start"], share["end"]]
     else:
         numbers = list(share) if isinstance(share, Sequence) else [share]
-    if not numbers or not all(0 <= number <= 1 for number in numbers):
+    if not numbers or not all(_is_number(number) and 0 <= number <= 1 for number in numbers):
         raise UserInputError(f"{message}a share is from 0 to 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def share_at(share: Share, epoch: int) -> float:
@@ -173,9 +181,10 @@ def draw_negatives(
 ) -> list[int]:
     """Draw the negatives of a query, a pure function of its arguments.
 
-    Each is drawn from the two modality-aware kinds, by default with equal chance (the paper's triplets). Where one kind
-    is empty the other is used; where nothing was mined, any candidate of the pool that is no labelled positive: the
-    number of negatives is the same for every query, which a gather across processes needs.
+    Each is drawn from the wrong modality or from all other kinds together, by default with equal chance (the paper's
+    triplets), and none comes twice while another is left. Where one of the two is empty or has run out the other is
+    used; where nothing was mined, any candidate of the pool that is no labelled positive: the number of negatives is
+    the same for every query, which a gather across processes needs.
 
     Args:
         mined: The mined negatives.
@@ -185,33 +194,56 @@ def draw_negatives(
         n: How many to draw.
         seed: Seed of the run.
         epoch: The epoch.
-        share: Of the wrong modality, where both kinds were mined. With a larger share the draws of the wrong modality
-            stay as they were, and some of the wrong content become such.
+        share: Of the wrong modality, where there are others, too. With a larger share the first draw of the wrong
+            modality stays as it was, and some of the others become such.
 
     Returns:
         ``n`` ids, none of them a labelled positive.
     """
-    kinds = [part for part in (mined.of(qid) if mined is not None else ()) if len(part)]
-    drawn = []
+    wrong_modality, *others = mined.of(qid) if mined is not None else [np.array([], dtype=np.int64)] * len(KINDS)
+    groups = [group for group in (wrong_modality, np.concatenate(others)) if len(group)]
+    drawn: list[int] = []
     for i in range(n):
-        if kinds:
-            key = (seed, epoch, "kind", qid, i)
-            part = kinds[0] if len(kinds) == 1 or _chance(*key) < share_at(share, epoch) else kinds[1]
-            drawn.append(int(part[draw(len(part), seed, epoch, "negative", qid, i)]))
-            continue
-        for attempt in range(len(pool)):
-            did = int(pool[draw(len(pool), seed, epoch, "random", qid, i, attempt)])
-            if did not in positives:
-                drawn.append(did)
-                break
-        else:  # a small pool, most of it positives
-            free = pool[~np.isin(pool, positives)]
-            if not len(free):
-                raise UserInputError(
-                    f"query {decode_id(qid)}: every candidate of the training pool is a labelled positive of it"
-                )
-            drawn.append(int(free[draw(len(free), seed, epoch, "random", qid, i)]))
+        if groups:
+            drawn.append(_draw_mined(groups, share_at(share, epoch), drawn, (seed, epoch), (qid, i)))
+        else:
+            drawn.append(_draw_any(pool, positives, drawn, (seed, epoch), (qid, i)))
     return drawn
+
+
+def _draw_mined(
+    groups: list[np.ndarray], share: float, drawn: list[int], run: tuple[int, int], place: tuple[int, int]
+) -> int:
+    """One of the wrong modality or of the others; of those that are left where it has been drawn before."""
+    first = _chance(*run, "kind", *place) < share
+
+    def one_of(some: list[np.ndarray], *more: object) -> int:
+        group = some[0] if first else some[-1]
+        return int(group[draw(len(group), *run, "negative", *place, *more)])
+
+    did = one_of(groups)
+    if did not in drawn:
+        return did
+    left = [group[~np.isin(group, drawn)] for group in groups]
+    return one_of([group for group in left if len(group)] or groups, "again")
+
+
+def _draw_any(
+    pool: np.ndarray, positives: Sequence[int], drawn: list[int], run: tuple[int, int], place: tuple[int, int]
+) -> int:
+    """Any candidate that is no labelled positive; one that has not been drawn, where there is one."""
+    for attempt in range(len(pool)):
+        did = int(pool[draw(len(pool), *run, "random", *place, attempt)])
+        if did not in positives and did not in drawn:
+            return did
+    free = pool[~np.isin(pool, positives)]  # a small pool, most of it positives or drawn
+    if not len(free):
+        raise UserInputError(
+            f"query {decode_id(place[0])}: every candidate of the training pool is a labelled positive of it"
+        )
+    left = free[~np.isin(free, drawn)]
+    some = left if len(left) else free
+    return int(some[draw(len(some), *run, "random", *place)])
 
 
 def _chance(*key: object) -> float:

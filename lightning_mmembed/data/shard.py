@@ -166,6 +166,7 @@ class _Conversion:
             with self.progress:
                 self.catalog.read(self.progress)
                 if not self.catalog.count("candidates"):
+                    self.catalog.check_bad(max_bad_fraction)  # where there were some it tells more
                     raise UserInputError(f"{self.layout.source} holds no candidate that can be used")
                 self._check_pools()
                 self._check_prompts(prompts)

@@ -12,7 +12,9 @@ from lightning_mmembed.errors import UserInputError
 
 
 class SoftLabels:
-    """Reads a file of scores: ``qid`` and ``did`` (encoded) and ``score``.
+    """Reads a file of scores of training queries: ``qid`` and ``did`` (encoded) and ``score``.
+
+    Its metadata tell the ``split`` of the queries: the ids of each split begin anew, so that they cannot.
 
     Args:
         path: The Parquet file; of a pair that comes twice the first is taken.
@@ -20,7 +22,7 @@ class SoftLabels:
             is.
 
     Raises:
-        UserInputError: If there is no such file, it lacks a column, or it is of another dataset.
+        UserInputError: If there is no such file, it lacks a column, or it is of another split or dataset.
     """
 
     def __init__(self, path: str | Path, dataset: str | None = None) -> None:
@@ -32,7 +34,16 @@ class SoftLabels:
             raise UserInputError(
                 f"soft_labels={str(path)!r} cannot be read ({error}); it needs the columns qid, did and score"
             ) from error
-        made_of = (table.schema.metadata or {}).get(b"shards")
+        facts = table.schema.metadata or {}
+        if facts.get(b"split") != b"train":
+            told = (
+                f"of the {facts[b'split'].decode()} split" if b"split" in facts else "of a split that they do not tell"
+            )
+            raise UserInputError(
+                f"soft_labels={str(path)!r} are {told}; to train with, score training queries: mmembed-rerank "
+                "negatives=..., or run=... split=train"
+            )
+        made_of = facts.get(b"shards")
         if dataset is not None and made_of is not None and made_of.decode() != dataset:
             raise UserInputError(
                 f"soft_labels={str(path)!r} are of another dataset, or of shards made anew since; score again"

@@ -3,16 +3,20 @@
 ==========  ====================================================================
 query       ``query`` or ``anchor``: a text
 positives   ``positive``, ``positives``, ``pos`` or ``positive_passages``
-negatives   ``negative``, ``negatives``, ``neg`` or ``negative_passages``, or none
+negatives   ``negative``, ``negatives``, ``neg`` or ``negative_passages``, or
+            ``negative_1``, ``negative_2`` and so on, or none
+label       1, or 0 where what stands as positive is a negative; or none, as 1
 ==========  ====================================================================
 
 Positives and negatives are a text or a list of texts; in place of a text, ``{"title": ..., "text": ...}`` may stand.
-These are the names of sentence-transformers, FlagEmbedding and Tevatron.
+These are the names of sentence-transformers, FlagEmbedding and Tevatron, and what
+``sentence_transformers.util.mine_hard_negatives`` gives as ``triplet``, ``n-tuple`` or ``labeled-pair``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +31,8 @@ from lightning_mmembed.items import Modality
 QUERY_KEYS = ("query", "anchor")
 POSITIVE_KEYS = ("positive", "positives", "pos", "positive_passages")
 NEGATIVE_KEYS = ("negative", "negatives", "neg", "negative_passages")
+#: Where a line has neither negatives nor a label, some of its positives may be negatives by these.
+UNREAD_KEYS = ("labels", "score", "scores")
 
 _SCHEMA = """
 CREATE TABLE documents (number INTEGER PRIMARY KEY, hash BLOB UNIQUE, text TEXT);
@@ -78,8 +84,8 @@ class TripletLayout(TextLayout):
             yield CandidateRecord(self.id_of(number), text, None, Modality.TEXT)
 
     def queries(self, path: Path) -> Iterator[QueryRecord | BadRecord | Noted]:
-        """Every query, in the order of first appearance."""
-        both = 0
+        """Every query with a positive, in the order of first appearance."""
+        both = unanswered = 0
         for number, text in self._read.execute("SELECT number, text FROM asked ORDER BY number"):
             rows = self._read.execute("SELECT document, positive FROM links WHERE query = ? ORDER BY place", (number,))
             documents: dict[int, bool] = {}
@@ -88,10 +94,15 @@ class TripletLayout(TextLayout):
                 documents[document] = documents.get(document, False) or bool(positive)
             positives = tuple(self.id_of(document) for document, positive in documents.items() if positive)
             negatives = tuple(self.id_of(document) for document, positive in documents.items() if not positive)
+            unanswered += not positives
+            if not positives:
+                continue
             yield QueryRecord(
                 *(self.id_of(number), text, None, Modality.TEXT, self.task, positives, negatives),
                 split=self.held_out(text),
             )
+        if unanswered:
+            yield Noted("queries with negatives alone", unanswered)
         if both:
             yield Noted("texts given as positive and as negative of one query, taken as positive", both)
 
@@ -109,12 +120,16 @@ class TripletLayout(TextLayout):
     def _add(self, _: int, record: Any) -> None:
         if not isinstance(record, dict):
             raise UserInputError(f"{record!r} is no object; write one with {QUERY_KEYS[0]} and {POSITIVE_KEYS[0]}")
-        queries, positives, negatives = (_texts(record, keys) for keys in (QUERY_KEYS, POSITIVE_KEYS, NEGATIVE_KEYS))
+        queries, positives = (_texts(record, keys) for keys in (QUERY_KEYS, POSITIVE_KEYS))
+        negatives = _texts(record, NEGATIVE_KEYS)
+        negatives += [text for key in record if re.fullmatch(r"negative_\d+", key) for text in _texts(record, (key,))]
         for found, keys in ((queries, QUERY_KEYS), (positives, POSITIVE_KEYS)):
             if not found:
                 raise UserInputError(f"it has none of {', '.join(keys)}; write one")
         if len(queries) > 1:
             raise UserInputError(f"it has {len(queries)} queries; write a line for each")
+        if not _is_positive(record, bool(negatives)):
+            positives, negatives = [], positives + negatives
         query = self._number("asked", queries[0])
         for texts, positive in ((positives, 1), (negatives, 0)):
             for text in texts:
@@ -127,6 +142,21 @@ class TripletLayout(TextLayout):
         self.db.execute(f"INSERT OR IGNORE INTO {table} (hash, text) VALUES (?, ?)", (key, text))
         number: int = self.db.execute(f"SELECT number FROM {table} WHERE hash = ?", (key,)).fetchone()[0]
         return number
+
+
+def _is_positive(record: dict[str, Any], has_negatives: bool) -> bool:
+    """Whether what stands as positive is one."""
+    label = record.get("label")
+    unread = next((key for key in UNREAD_KEYS if record.get(key) is not None), None)
+    if unread is not None and label is None and not has_negatives:
+        raise UserInputError(
+            f"{unread} is not read, and what it makes a negative would be taken for a positive; write positive and "
+            "negative, or a line for each text with label 1 or 0 (of mine_hard_negatives: the output_format triplet, "
+            "n-tuple or labeled-pair, without output_scores)"
+        )
+    if label not in (None, 0, 1):
+        raise UserInputError(f"label={label!r} is neither 0 nor 1; write 1 for a positive and 0 for a negative")
+    return label != 0
 
 
 def _texts(record: dict[str, Any], keys: tuple[str, ...]) -> list[str]:

@@ -190,6 +190,7 @@ class MLLMEncoder(Encoder):
         *,
         max_length: int = 128,
         passage_length: int | None = None,
+        truncate_dim: int | None = None,
         length_buckets: int = 4,
         dtype: torch.dtype | str = torch.float32,
         **training: Any,
@@ -202,6 +203,7 @@ class MLLMEncoder(Encoder):
             nv_embed: The same, such as ``"nvidia/NV-Embed-v1"``: gives language model and latent attention.
             max_length: Longest text in tokens; 128 is the paper's in training.
             passage_length: Longest text of a candidate without a picture; by default ``max_length``.
+            truncate_dim: Use the first numbers of a vector alone, so many; by default all.
             length_buckets: As the rest, see :meth:`from_pretrained`.
             dtype: Type of the weights.
             **training: ``lora``, ``freeze_vision``, ``gradient_checkpointing``.
@@ -213,7 +215,8 @@ class MLLMEncoder(Encoder):
         prompts = mm_embed.MMEmbedPrompts(parts.tokenizer, max_length)
         prompts.passage_length = passage_length
         processor = ItemProcessor(prompts, parts.family, length_buckets)
-        encoder = cls(parts.backbone, processor, "latent-attention", parts.pooling_options)
+        options = parts.pooling_options
+        encoder = cls(parts.backbone, processor, "latent-attention", options, truncate_dim=truncate_dim)
         with reading(str(nv_embed)):
             encoder.pooling.load_state_dict(parts.pooling_weights)
         encoder._choose_trained(LoRA.of(training.pop("lora", None)), **training)

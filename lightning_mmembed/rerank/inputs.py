@@ -157,8 +157,10 @@ def label_ids(tokenizer: Any, frame: Frame, labels: Sequence[str]) -> list[int]:
         labels: ``("True", "False")``, as in the paper, or other two words.
 
     Raises:
-        UserInputError: If a label is more than one token, or two are the same.
+        UserInputError: If there are not two labels, one is more than one token, or both are the same.
     """
+    if len(labels) != 2:
+        raise UserInputError(f"labels={tuple(labels)} are not two; give the word for a match and the one for none")
     # The frame around a word, since a tokenizer may treat the beginning of a text in its own way.
     asked = f"{frame.head}a{frame.tail}"
     before = tokenizer(asked, add_special_tokens=False)["input_ids"]

@@ -1,7 +1,7 @@
 """What scores do to a ranking: pure functions that know nothing of models.
 
 The paper reorders the top 10 by P(True) alone (section on zero-shot reranking); a weight below 1 mixes the score of
-the retriever in, as some later work does.
+the retriever in, as some later work does. Scores that are no cosines are min-max normalised before (:func:`mixable`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,39 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 from lightning_mmembed.errors import UserInputError
 
 Entry = TypeVar("Entry")
+
+#: The largest cosine of vectors that were rounded to 16 bits.
+_COSINE = 1.01
+
+
+def mixable(heads: Tensor) -> Tensor:
+    """Scores of a retriever as they can be mixed with P(True): cosines as they are, others min-max normalised.
+
+    Where any score is beyond -1 to 1, such as those of BM25, each query's run from 0 for the last of its head to 1 for
+    the first.
+
+    Args:
+        heads: ``(Q, K)`` scores of the candidates that are to be reordered, ``-inf`` past the end of a list.
+
+    Returns:
+        ``(Q, K)``, as before past the end of a list.
+
+    Example:
+        >>> import torch
+        >>> mixable(torch.tensor([[30.0, 15.0, 10.0]])).tolist(), mixable(torch.tensor([[0.5, -0.5]])).tolist()
+        ([[1.0, 0.25, 0.0]], [[0.5, -0.5]])
+    """
+    present = heads.isfinite()
+    if not (heads[present].abs() > _COSINE).any():
+        return heads
+    low = heads.masked_fill(~present, math.inf).amin(1, keepdim=True)
+    span = heads.amax(1, keepdim=True) - low
+    return ((heads - low) / span.masked_fill(span == 0, 1)).masked_fill(~present, -math.inf)
 
 
 def fused(scores: Sequence[float], retrieval: Sequence[float] | None = None, weight: float = 1.0) -> list[float]:
@@ -20,7 +50,8 @@ def fused(scores: Sequence[float], retrieval: Sequence[float] | None = None, wei
 
     Args:
         scores: P(True), in the order of the ranking.
-        retrieval: Scores of the retriever, of at least as many; needed where ``weight`` is below 1.
+        retrieval: Scores of the retriever, of at least as many; needed where ``weight`` is below 1. They are taken as
+            they are; :func:`mixable` brings those of any retriever to a size that can be mixed.
         weight: Of P(True), between 0 and 1; 1 is P(True) alone, as in the paper.
 
     Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.rerank.order import rerank
+from lightning_mmembed.rerank.order import mixable, rerank
+from lightning_mmembed.rerank.prompts import Prompts
 from lightning_mmembed.rerank.runs import DEPTH, Estimate, estimate, score_run, share_out
 from lightning_mmembed.rerank.store import ScoreStore
 from lightning_mmembed.rerank.work import Lazy, Work, known_scores, reader, scored_pairs, work_of
@@ -30,9 +32,10 @@ class Budget:
 
     Args:
         depth: How many of each ranking; the paper's 10 by default.
-        weight: Of P(True) in the fused score; see :func:`~lightning_mmembed.rerank.order.fused`.
+        weight: Of P(True) in the fused score; see :func:`~lightning_mmembed.rerank.order.fused`. Scores of a
+            retriever that are no cosines are normalised (:func:`~lightning_mmembed.rerank.order.mixable`).
         max_pairs: The most pairs, of all queries and processes.
-        max_seconds: Ends once so long has passed, in each process.
+        max_seconds: Ends once so long has passed, in each process; that of the probe counts.
         top: How many places matter: a query is left once they are settled. For rankings over one pool.
     """
 
@@ -43,10 +46,15 @@ class Budget:
     top: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.depth, int) or self.depth < 1:
-            raise UserInputError(f"depth={self.depth!r} is no number of candidates; write 1 or more")
-        if not 0 <= self.weight <= 1:
-            raise UserInputError(f"weight={self.weight} is out of range; write 0 (retrieval) to 1 (P(True) alone)")
+        for name, least in (("depth", 1), ("max_pairs", 0), ("top", 1)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least) and (value is not None or name == "depth"):
+                raise UserInputError(f"{name}={value!r} is no such number; write a whole number from {least} on")
+        if not (isinstance(self.weight, int | float) and 0 <= self.weight <= 1):
+            raise UserInputError(f"weight={self.weight!r} is out of range; write 0 (retrieval) to 1 (P(True) alone)")
+        seconds = self.max_seconds
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
+            raise UserInputError(f"max_seconds={seconds!r} is no time; write seconds from 0 on, or null for no limit")
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class Scored:
 
     Args:
         scores: ``(Q, K)`` float32, NaN past the last that was scored.
-        counts: Pairs by what became of them: ``scored``, ``found``, ``unscored``, ``settled``, ``shortened``.
+        counts: Pairs by what became of them: ``scored``, ``found``, ``unscored``, ``settled``; and of those scored here
+            and now, in the probe too, how many were ``shortened``.
     """
 
     scores: Tensor
@@ -90,7 +99,9 @@ def score_work(
     announce: Callable[[Estimate], object] | None = None,
     show_progress: bool = True,
 ) -> Scored:
-    """Score the candidates of queries, each process its share of the queries; all get all scores.
+    """Score the candidates of queries, which the processes take in turns; all get all scores.
+
+    In turns, since queries of one task follow each other, and tasks differ by far in what a pair costs.
 
     Args:
         reranker: The model, the same in every process.
@@ -99,18 +110,22 @@ def score_work(
             score the same ones.
         store: Where scores are kept.
         processes: Those that share out the queries.
-        announce: Given in the first process what is left to do, before it begins.
+        announce: Given in the first process what is left to do, before it begins. Where ``max_seconds`` is given, the
+            probe is of two candidates a query, as the first round of the scoring is.
         show_progress: Show a progress bar with an ETA, in the first process.
 
     Raises:
         UserInputError: If a pair cannot be scored; what was scored is kept.
     """
+    begin, pairs, shortened = time.monotonic(), reranker.pairs, reranker.shortened
     lengths = [len(rows) for rows in work.rows]
     depths = share_out(lengths, max(lengths, default=0), budget.max_pairs) if lengths else []
-    own, pairs = work.part(processes.share(len(lengths)), depths), reranker.pairs
-    rankings, deepest = own.rankings, max(1, *depths, 1)
+    own = work.part(slice(processes.rank, None, processes.size), depths)
+    rankings, deepest, seconds = own.rankings, max(1, *depths, 1), budget.max_seconds
     if announce is not None:
-        announced = _summed(estimate(reranker, own.queries, rankings, depth=deepest, store=store), processes)
+        few = None if seconds is None else 2
+        found = estimate(reranker, own.queries, rankings, depth=deepest, store=store, probe_depth=few)
+        announced = _summed(found, processes)
         if processes.rank == 0:
             announce(announced)
     run = score_run(
@@ -119,22 +134,22 @@ def score_work(
         rankings,
         depth=deepest,
         store=store,
-        max_seconds=budget.max_seconds,
+        max_seconds=None if seconds is None else max(0.0, seconds - (time.monotonic() - begin)),
         top=budget.top,
         retrieval=own.retrieval,
         weight=budget.weight,
         show_progress=show_progress and processes.rank == 0,
     )
     scores = torch.full((len(own.qids), deepest), float("nan"))
-    for n, found in enumerate(run.scores):
-        scores[n, : len(found)] = torch.tensor(found)
+    for n, of_query in enumerate(run.scores):
+        scores[n, : len(of_query)] = torch.tensor(of_query)
     new = reranker.pairs - pairs  # those of the probe, which the run then finds, among them
-    counted = {"scored": new, "found": max(0, run.scored + run.found - new)}
-    counted |= {"unscored": run.unscored, "settled": run.settled, "shortened": run.shortened}
+    counted = {"scored": new, "found": max(0, run.scored + run.found - new), "unscored": run.unscored}
+    counted |= {"settled": run.settled, "shortened": reranker.shortened - shortened}
     counts = processes.gather(torch.tensor([list(counted.values())])).sum(0).tolist()
     totals = dict(zip(counted, counts, strict=True))
     totals["unscored"] += sum(lengths) - sum(depths)
-    return Scored(processes.gather(scores), totals)
+    return Scored(_in_order(processes.gather(scores), processes.size), totals)
 
 
 def rerank_result(
@@ -163,11 +178,7 @@ def rerank_result(
     Raises:
         UserInputError: If a task is unknown or has no prompt, or a pair cannot be scored.
     """
-    check_tasks(tasks, result)
-    for name in tasks:
-        reranker.processor.writer.prompts.of(name)  # before the work
-    if budget.top is not None and any(len(result.tasks[name].rankings) > 1 for name in tasks):
-        raise UserInputError(f"top={budget.top} goes by one ranking of a query, and there are several; leave it out")
+    check_tasks(tasks, pools_of(result), reranker.processor.writer.prompts, budget)
     work = work_of(result, tasks, budget.depth)
     scored = score_work(reranker, work, budget, store, processes, announce, show_progress)
     after, first = dict(result.tasks), 0
@@ -179,15 +190,31 @@ def rerank_result(
     return Reranked(replace(result, tasks=after), list(tasks), scored.counts, *scored_pairs(work, scored.scores))
 
 
-def check_tasks(tasks: Collection[str], result: RetrievalResult) -> None:
-    """Refuse a task that was not evaluated.
+def check_tasks(
+    tasks: Collection[str], ranked: Mapping[str, Collection[str]], prompts: Prompts, budget: Budget
+) -> None:
+    """Refuse tasks that cannot be reranked, before the work.
+
+    Args:
+        tasks: Those to rerank.
+        ranked: From each task of an evaluation to the pools that it is ranked over; see :func:`pools_of`.
+        prompts: The wordings.
+        budget: Its ``top`` goes by one ranking of a query.
 
     Raises:
-        UserInputError: If there is one.
+        UserInputError: If a task is unknown or has no prompt, or is ranked over two pools where ``top`` is given.
     """
-    unknown = [name for name in tasks if name not in result.tasks]
-    if unknown:
-        raise UserInputError(f"tasks={unknown} were not ranked; those that were are {', '.join(result.tasks)}")
+    if unknown := [name for name in tasks if name not in ranked]:
+        raise UserInputError(f"tasks={unknown} are unknown; those that are ranked are {', '.join(ranked)}")
+    for name in tasks:
+        prompts.of(name)
+    if budget.top is not None and any(len(ranked[name]) > 1 for name in tasks):
+        raise UserInputError(f"top={budget.top} goes by one ranking of a query, and there are several; leave it out")
+
+
+def pools_of(result: RetrievalResult) -> dict[str, list[str]]:
+    """From each task of an evaluation to the pools that it is ranked over."""
+    return {name: list(outcome.rankings) for name, outcome in result.tasks.items()}
 
 
 def spread_queries(result: RetrievalResult, most: int) -> RetrievalResult:
@@ -214,7 +241,7 @@ def spread_queries(result: RetrievalResult, most: int) -> RetrievalResult:
 def _reordered(outcome: TaskResult, pool: Pool, known: Sequence[dict[int, float]], budget: Budget) -> TaskResult:
     rankings = {}
     for name, ranking in outcome.rankings.items():
-        rows = ranking.rows.clone()
+        rows, retrieval = ranking.rows.clone(), mixable(ranking.scores[:, : budget.depth])
         for n, of_query in enumerate(known):
             ranked = [row for row in ranking.rows[n].tolist() if row >= 0]
             head = []
@@ -222,10 +249,16 @@ def _reordered(outcome: TaskResult, pool: Pool, known: Sequence[dict[int, float]
                 if row not in of_query:
                     break
                 head.append(of_query[row])
-            rows[n, : len(ranked)] = torch.tensor(rerank(ranked, head, ranking.scores[n].tolist(), budget.weight))
+            rows[n, : len(ranked)] = torch.tensor(rerank(ranked, head, retrieval[n].tolist(), budget.weight))
         places = (1 / torch.arange(1, rows.shape[1] + 1)).expand(rows.shape)
         rankings[name] = Ranking(places.masked_fill(rows < 0, float("-inf")), rows)
     return score_task(outcome.queries, pool, rankings, list(next(iter(outcome.values.values()))))
+
+
+def _in_order(rows: Tensor, size: int) -> Tensor:
+    """Rows that so many processes took in turns, gathered below each other, as they were before."""
+    order = [n for rank in range(size) for n in range(rank, len(rows), size)]
+    return rows[torch.tensor(order, dtype=torch.long).argsort()]
 
 
 def _summed(own: Estimate, processes: Processes) -> Estimate:

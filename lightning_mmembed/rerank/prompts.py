@@ -28,10 +28,11 @@ class Prompts:
         wordings: By the name of a task (``"cirr_task7"``), or of its M-BEIR task id (``"task7"``) for every dataset
             that has no wording of its own. ``{query}`` and ``{candidate}`` stand for the items, in this order, so that
             what all candidates of a query share comes first; a line with ``{instruction}`` is left out of a query
-            without one.
+            without one, and so holds neither item.
 
     Raises:
-        UserInputError: If a wording lacks a field, has one twice, or has the candidate first.
+        UserInputError: If a wording lacks a field, has one twice, has the candidate first, or has an item in the line
+            of the instruction.
     """
 
     def __init__(self, wordings: Mapping[str, str]) -> None:
@@ -42,6 +43,11 @@ class Prompts:
                 raise UserInputError(
                     f"prompts[{name!r}]={wording!r} has the fields {fields}; write {QUERY} once, and after it "
                     f"{CANDIDATE} once"
+                )
+            if any(INSTRUCTION in line and (QUERY in line or CANDIDATE in line) for line in wording.splitlines()):
+                raise UserInputError(
+                    f"prompts[{name!r}]={wording!r} has an item in the line of {INSTRUCTION}, which is left out of a "
+                    f"query without one; give {INSTRUCTION} a line of its own"
                 )
 
     def of(self, task: Task | str | None) -> str:

@@ -87,36 +87,38 @@ class _Run:
         self.result.found += len(known) - len(new)
         return [score for score in known if score is not None]
 
-    def missing(self, number: int, depth: int) -> int:
-        """How many of the first ones of a ranking have no score on disk."""
-        head = self.rankings[number][:depth]
+    def missing(self, number: int, depth: int) -> list[int]:
+        """The places among the first ones of a ranking that have no score on disk."""
         if self.store is None:
-            return len(head)
-        query, store = self.queries[number], self.store
-        return sum(store.get(self.reranker.key(query, candidate)) is None for candidate in head)
+            return list(range(depth))
+        query, store, head = self.queries[number], self.store, self.rankings[number][:depth]
+        return [n for n, candidate in enumerate(head) if store.get(self.reranker.key(query, candidate)) is None]
 
 
 def share_out(lengths: Sequence[int], depth: int, max_pairs: int | None = None) -> list[int]:
-    """How deep each ranking is scored: rank by rank over all queries, the first rank of every query first.
+    """How deep each ranking is scored: rank by rank over all queries, the first two ranks of every query first.
+
+    A single candidate has no other order, so that where pairs are few a ranking gets none or at least two.
 
     Args:
         lengths: Of the rankings.
         depth: How deep at most.
-        max_pairs: How many pairs in all; of queries that differ by one rank, the first ones get it.
+        max_pairs: The most pairs in all. What is not enough for everyone goes to queries spread evenly over the run.
 
     Example:
-        >>> share_out([10, 1, 10], depth=4, max_pairs=6)
-        [3, 1, 2]
+        >>> share_out([10, 1, 10], depth=4, max_pairs=7), share_out([10] * 6, depth=5, max_pairs=10)
+        ([4, 0, 3], [2, 2, 2, 2, 0, 2])
     """
     depths = [min(length, depth) for length in lengths]
     if max_pairs is None or max_pairs >= sum(depths):
         return depths
-    reached = np.array(depths)
-    # The most ranks that everyone can have, then one more for as many as the rest is enough for.
-    level = next(rank for rank in range(depth, -1, -1) if np.minimum(reached, rank).sum() <= max_pairs)
-    shares = np.minimum(reached, level)
-    deeper = np.flatnonzero(reached > level)[: max_pairs - int(shares.sum())]
-    shares[deeper] += 1
+    reached = np.array([of_query if of_query > 1 else 0 for of_query in depths])
+    # The most ranks that everyone can have, then the next step for as many as the rest is enough for.
+    levels = [*range(depth, 1, -1), 0]
+    level = next(rank for rank in levels if np.minimum(reached, rank).sum() <= max_pairs)
+    shares, step = np.minimum(reached, level), 1 if level else 2
+    waiting = np.flatnonzero(reached > level)
+    shares[waiting[_spread(len(waiting), (max_pairs - int(shares.sum())) // step)]] += step
     return [int(share) for share in shares]
 
 
@@ -198,6 +200,7 @@ def estimate(
     store: ScoreStore | None = None,
     max_pairs: int | None = None,
     probe: int = 3,
+    probe_depth: int | None = None,
 ) -> Estimate:
     """What a run would cost, from scoring a few queries that are spread evenly over it.
 
@@ -209,20 +212,23 @@ def estimate(
         store: What it holds costs nothing, of which 200 queries tell; the scores of the probe are kept there too.
         max_pairs: See :func:`score_run`.
         probe: Queries that are timed, after one that warms up.
+        probe_depth: How many candidates of each of them, by default all. Of few the estimate is too high: the fewer
+            share what is computed once for a query, the more a pair costs.
     """
-    _check(queries, rankings, depth=depth, max_pairs=max_pairs, probe=probe)
+    _check(queries, rankings, depth=depth, max_pairs=max_pairs, probe=probe, probe_depth=probe_depth)
     depths = share_out([len(ranking) for ranking in rankings], depth, max_pairs)
     run = _Run(reranker, queries, rankings, store)
     sample = _spread(len(queries), _LOOKED_FOR)
     missing = {number: run.missing(number, depths[number]) for number in sample}
     looked_at = sum(depths[number] for number in sample)
-    left = round(sum(depths) * sum(missing.values()) / looked_at) if looked_at else 0
-    todo = [number for number, count in missing.items() if count]
+    left = round(sum(depths) * sum(map(len, missing.values())) / looked_at) if looked_at else 0
+    todo = [number for number, places in missing.items() if places]
     picked = [todo[n] for n in _spread(len(todo), probe + 1)]
     timed = [0, 0, 0.0]
     for first, number in zip([True] + [False] * len(picked), picked, strict=False):
         before, tokens, begin = run.result.scored, reranker.tokens, time.perf_counter()
-        run.score(number, 0, depths[number])
+        first_place = missing[number][0]
+        run.score(number, first_place, min(depths[number], first_place + (probe_depth or depth)))
         if len(picked) == 1 or not first:
             timed[0] += run.result.scored - before
             timed[1] += reranker.tokens - tokens

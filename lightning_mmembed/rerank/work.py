@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_mmembed.files import replacing
 from lightning_mmembed.items import Candidate, Query
+from lightning_mmembed.rerank.order import mixable
 from lightning_mmembed.retrieval.pool import Pool
 from lightning_mmembed.retrieval.results import RetrievalResult
 
@@ -32,7 +33,7 @@ class Work:
         qids: ``(Q,)`` encoded ids.
         pool: Where candidates are.
         rows: Of each query the rows of its candidates in the pool.
-        retrieval: Scores of the retriever for them.
+        retrieval: Scores of the retriever for them (:func:`~lightning_mmembed.rerank.order.mixable`).
     """
 
     queries: Sequence[Query]
@@ -59,16 +60,19 @@ class Work:
 
 
 def work_of(result: RetrievalResult, tasks: Sequence[str], depth: int) -> Work:
-    """The heads of the rankings of some tasks; of a query over two pools what either ranks, rank by rank."""
+    """The heads of the rankings of some tasks; of a query over two pools what either ranks, rank by rank.
+
+    The first two ranks of a pool follow each other: the first alone has no other order.
+    """
     queries, qids, rows, retrieval = list[tuple[str, int]](), list[int](), list[list[int]](), list[list[float]]()
     for name in tasks:
         outcome = result.tasks[name]
-        heads = [(r.rows[:, :depth].tolist(), r.scores[:, :depth].tolist()) for r in outcome.rankings.values()]
+        heads = [(r.rows[:, :depth].tolist(), mixable(r.scores[:, :depth]).tolist()) for r in outcome.rankings.values()]
         for number, qid in enumerate(outcome.queries.ids.tolist()):
-            ranked = zip_longest(
-                *(zip(of_rows[number], of_scores[number], strict=True) for of_rows, of_scores in heads)
-            )
-            pairs = [pair for pair in chain.from_iterable(ranked) if pair is not None and pair[0] >= 0]
+            ranked = [list(zip(of_rows[number], scores[number], strict=True)) for of_rows, scores in heads]
+            in_turn = zip_longest(*(of_pool[2:] for of_pool in ranked))
+            found = chain(*(of_pool[:2] for of_pool in ranked), *in_turn)
+            pairs = [pair for pair in found if pair is not None and pair[0] >= 0]
             first = {row: score for row, score in reversed(pairs)}
             order = list(dict.fromkeys(row for row, _ in pairs))
             queries.append((name, number))
@@ -103,7 +107,7 @@ def write_scores(path: str | Path, rows: np.ndarray, scores: np.ndarray, facts: 
         path: The Parquet file.
         rows: ``(N, 2)`` encoded qid and did.
         scores: ``(N,)`` P(True).
-        facts: What they were made with, kept in the file's metadata.
+        facts: What they were made with, kept in the file's metadata: the ``split`` of the queries, and others.
     """
     order = np.lexsort((rows[:, 1], rows[:, 0]))
     table = pa.table([rows[order, 0], rows[order, 1], scores[order]], schema=SCHEMA).replace_schema_metadata(facts)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from lightning_mmembed.encoders.base import CPU_TOKENS, TOKENS
 from lightning_mmembed.encoders.families import Family
-from lightning_mmembed.encoders.loading import load_config, load_tokenizer, reading
+from lightning_mmembed.encoders.loading import check_dtype, load_config, load_tokenizer, reading
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.items import TASK_MODALITIES, Candidate, Item, Modality, Query, Task
@@ -30,6 +30,9 @@ LABELS = ("True", "False")
 
 #: Positions that keys and values are held of at a time, as a multiple of those that a pass computes.
 _CACHED = 8
+
+#: Of a configuration: where it was read, and what weights and version say already.
+_NO_MATTER = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 
 
 class ZeroShotReranker:
@@ -58,14 +61,10 @@ class ZeroShotReranker:
         labels: Sequence[str] = LABELS,
         tokens_per_batch: int | None = None,
     ) -> None:
-        if len(labels) != 2:
-            raise UserInputError(f"labels={tuple(labels)} are not two; give the word for a match and the one for none")
-        if tokens_per_batch is not None and tokens_per_batch < 1:
-            raise UserInputError(f"tokens_per_batch={tokens_per_batch} is too small; it must be at least 1")
+        _check_tokens(tokens_per_batch)
         self.model, self.processor, self.labels = model.eval(), processor, tuple(labels)
         self.label_ids = label_ids(processor.tokenizer, processor.writer.frame, labels)
-        default = CPU_TOKENS if self.device.type == "cpu" else TOKENS
-        self.tokens_per_batch = default if tokens_per_batch is None else tokens_per_batch
+        self._tokens_per_batch = tokens_per_batch
         self.pairs = self.tokens = self.shortened = 0
 
     @classmethod
@@ -99,13 +98,17 @@ class ZeroShotReranker:
             UserInputError: If there is no checkpoint or no multimodal LLM in it, if it lacks weights, if its chat
                 template cannot be used, if a label is no single token, or a prompt or ``max_length`` is wrong.
         """
-        path, wordings = str(pretrained_model_name_or_path), Prompts(prompts)
+        path = str(pretrained_model_name_or_path)
+        config, processor = read_processor(
+            path,
+            prompts=prompts,
+            labels=labels,
+            max_length=max_length,
+            tokens_per_batch=tokens_per_batch,
+            dtype=dtype,
+        )
         with reading(path):
-            config, family, writer, tokenizer = _read_writer(path, wordings)
-            longest = context(config, max_length)
-            processor = PairProcessor(tokenizer, family, writer, longest)
-            label_ids(tokenizer, writer.frame, labels)  # before minutes of loading weights
-            model = load_generator(path, config, family, dtype=dtype, attn_implementation=attn_implementation)
+            model = load_generator(path, config, processor.family, dtype=dtype, attn_implementation=attn_implementation)
         return cls(model if device is None else model.to(device), processor, labels, tokens_per_batch)
 
     @property
@@ -114,9 +117,20 @@ class ZeroShotReranker:
         device: torch.device = next(iter(self.model.parameters())).device
         return device
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """The most positions in a pass; unless it was given, by where the weights are now."""
+        default = CPU_TOKENS if self.device.type == "cpu" else TOKENS
+        return default if self._tokens_per_batch is None else self._tokens_per_batch
+
     @cached_property
     def fingerprint(self) -> str:
-        """Fingerprint of the weights and of all else that a score depends on, apart from the pair and its wording."""
+        """Fingerprint of the weights and of all else that a score depends on, apart from the pair and its wording.
+
+        All else is the model's configuration, tokenizer, frame, pictures, longest prompt and labels, and the versions
+        of this package and of transformers. The device and the way to attend, which change a score in its last digits
+        alone, are left out.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -124,8 +138,9 @@ class ZeroShotReranker:
         processor = self.processor
         words = processor.tokenizer.backend_tokenizer.to_str()
         frame, pictures = repr(processor.writer.frame), processor.family.settings()
-        settings = [words, frame, pictures, processor.max_length, self.labels]
-        return fingerprint(digest.hexdigest(), version("lightning-mmembed"), *settings)
+        settings = [_settings(self.model.config.to_diff_dict()), words, frame, pictures, processor.max_length]
+        versions = [version("lightning-mmembed"), version("transformers")]
+        return fingerprint(digest.hexdigest(), *versions, *settings, self.labels)
 
     def key(self, query: Query, candidate: Candidate, task: Task | str | None = None) -> str:
         """What a score is kept under in a :class:`~lightning_mmembed.rerank.store.ScoreStore`."""
@@ -259,6 +274,28 @@ class ZeroShotReranker:
         return logits.softmax(-1)[:, 0]
 
 
+def read_processor(
+    pretrained_model_name_or_path: str | Path,
+    *,
+    prompts: Mapping[str, str],
+    labels: Sequence[str] = LABELS,
+    max_length: int | None = None,
+    tokens_per_batch: int | None = None,
+    dtype: torch.dtype | str = torch.float32,
+) -> tuple[Any, PairProcessor]:
+    """Configuration and processor of a checkpoint: what can be wrong with a reranker is told without its weights.
+
+    For the arguments and what is raised see :meth:`ZeroShotReranker.from_pretrained`.
+    """
+    path, wordings = str(pretrained_model_name_or_path), Prompts(prompts)
+    check_dtype(dtype)
+    _check_tokens(tokens_per_batch)
+    with reading(path):
+        config, family, writer, tokenizer = _read_writer(path, wordings)
+        label_ids(tokenizer, writer.frame, labels)
+        return config, PairProcessor(tokenizer, family, writer, context(config, max_length))
+
+
 def example_prompt(path: str | Path, prompts: Mapping[str, str], task: str) -> str:
     """The prompt of a task, in the frame of a checkpoint, with names in the place of texts; no weights are loaded.
 
@@ -282,6 +319,18 @@ def example_prompt(path: str | Path, prompts: Mapping[str, str], task: str) -> s
     asked, wanted = TASK_MODALITIES[parsed.task_id]
     query = Query(example(asked, "text of the query"), "[instruction]", task=parsed)
     return "".join(writer(query, example(wanted, "text of the candidate"), wording))
+
+
+def _check_tokens(tokens_per_batch: int | None) -> None:
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise UserInputError(f"tokens_per_batch={tokens_per_batch} is too small; it must be at least 1")
+
+
+def _settings(config: Any) -> Any:
+    """A configuration without what changes no score, or is known from the weights and the version."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _settings(value) for name, value in config.items() if name not in _NO_MATTER}
 
 
 def _read_writer(path: str, prompts: Prompts) -> tuple[Any, Family, PromptWriter, Any]:

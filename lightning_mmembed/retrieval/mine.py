@@ -208,5 +208,6 @@ def mining_facts(
         "queries": fingerprint(*(queries.fingerprint for queries in query_sets)),
         "vectors": store.folder(pool.fingerprint, made_by).name,
         "rule": rule.to_dict(),
-        "check": check_made_by,
+        # Files of a version that checked candidates of every modality are not the same.
+        "check": None if check_made_by is None else {"wanted_modality": check_made_by},
     }

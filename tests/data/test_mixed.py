@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def test_one_run_trains_on_and_evaluates_both_whatever_the_order_of_the_folders_
     for name, weights in first["module"].state_dict().items():
         assert torch.equal(weights, again["module"].state_dict()[name]), name
     assert {"val/union/pairs_task1/ndcg@10", "val/local/pets_task0/ndcg@10"} <= first["metrics"].keys()
-    assert first["datamodule"].state_dict() == {"negatives": [str(path) for path in files]}
+    known = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert first["datamodule"].state_dict() == {"negatives": list(known), "sha256": known}
 
 
 def test_negatives_of_neither_dataset_are_refused(folders: list[Path], tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Drawing mined negatives: today's draws stay what they are, and a share moves them from one kind to the other."""
+"""Drawing mined negatives: today's draws stay what they are, and a share moves them from one kind to the others."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,8 +43,9 @@ def write(path: Path, kinds_of: dict[int, tuple[int, ...]]) -> MinedNegatives:
 
 @pytest.fixture
 def mined(tmp_path: Path) -> MinedNegatives:
-    """Queries 1 and 2 have both modality-aware kinds, 3 and 4 one each, 5 any modality, 6 nothing."""
-    return write(tmp_path / "mined.parquet", {1: (0, 1), 2: (0, 1), 3: (0,), 4: (1,), 5: (2,)})
+    """Queries 1 and 2 have both modality-aware kinds, 3 and 4 one each, 5 any modality, 6 nothing; 7 to 9 mix them."""
+    kinds_of = {1: (0, 1), 2: (0, 1), 3: (0,), 4: (1,), 5: (2,), 7: (0, 1, 2), 8: (1, 2), 9: (0, 2)}
+    return write(tmp_path / "mined.parquet", kinds_of)
 
 
 def draws(mined: MinedNegatives, qid: int, share: Share, epochs: int = 400) -> list[int]:
@@ -57,11 +59,9 @@ def test_by_default_each_draw_takes_one_of_the_kinds_that_are_there_by_the_key_s
     kinds = [part for part in mined.of(qid) if len(part)]
     for seed in range(3):
         for epoch in range(100):
-            expected = []
-            for i in range(3):
-                part = kinds[draw(len(kinds), seed, epoch, "kind", qid, i)]
-                expected.append(part[draw(len(part), seed, epoch, "negative", qid, i)])
-            assert draw_negatives(mined, POOL, qid, [], 3, seed, epoch) == expected
+            part = kinds[draw(len(kinds), seed, epoch, "kind", qid, 0)]
+            expected = part[draw(len(part), seed, epoch, "negative", qid, 0)]
+            assert draw_negatives(mined, POOL, qid, [], 1, seed, epoch) == [expected]
 
 
 def test_the_draws_of_a_seed_are_pinned(tmp_path: Path) -> None:
@@ -84,17 +84,90 @@ def test_the_draws_of_a_seed_are_pinned(tmp_path: Path) -> None:
     assert draw_negatives(mined, POOL, 6, [], 3, 0, 0) == [221, 12, 293]
 
 
+@pytest.mark.parametrize(
+    ("qid", "pinned"),
+    [
+        (1, [101, 101, 101, 204, 204, 204, 102, 102, 102, 201, 201, 104]),
+        (2, [102, 102, 102, 202, 202, 101, 100, 100, 100, 202, 202, 103]),
+        (3, [105, 105, 105, 102, 102, 102, 102, 102, 102, 104, 104, 104]),
+        (4, [203, 203, 203, 202, 202, 202, 203, 203, 203, 203, 203, 203]),
+        (5, [50, 50, 50, 53, 53, 53, 51, 51, 51, 56, 56, 56]),
+        (6, [256, 256, 256, 47, 47, 47, 42, 42, 42, 187, 187, 187]),
+    ],
+)
+def test_the_draws_of_one_negative_a_query_are_pinned_at_every_share(
+    tmp_path: Path, qid: int, pinned: list[int]
+) -> None:
+    mined = write(tmp_path / "pinned.parquet", {1: (0, 1), 2: (0, 1), 3: (0,), 4: (1,), 5: (2,)})
+    keys = [(epoch, share) for epoch in range(4) for share in (0.2, 0.5, 0.9)]
+    assert [draw_negatives(mined, POOL, qid, [], 1, 3, epoch, share) for epoch, share in keys] == [[n] for n in pinned]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
-def test_a_share_is_the_share_of_the_wrong_modality_among_the_drawn(mined: MinedNegatives, share: float) -> None:
-    drawn = draws(mined, 1, share)
-    wrong_modality = sum(did < 200 for did in drawn)
+@pytest.mark.parametrize("qid", [1, 7, 9])
+def test_a_share_is_the_share_of_the_wrong_modality_among_the_drawn(
+    mined: MinedNegatives, qid: int, share: float
+) -> None:
+    drawn = draws(mined, qid, share)
+    wrong_modality = sum(100 <= did < 200 for did in drawn)
     assert abs(wrong_modality - share * len(drawn)) <= 5 * (len(drawn) * share * (1 - share)) ** 0.5
 
 
+@pytest.mark.parametrize(("qid", "others"), [(7, (1, 2)), (8, (1, 2)), (9, (2,))])
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_all_other_kinds_together_are_drawn_alike_beside_the_wrong_modality(
+    mined: MinedNegatives, qid: int, others: tuple[int, ...], share: float
+) -> None:
+    expected_of = [did for kind in others for did in EACH[kind]]
+    counts = Counter(did for did in draws(mined, qid, share) if not 100 <= did < 200)
+    assert set(counts) == set(expected_of)
+    expected = counts.total() / len(expected_of)
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
+
+
 def test_a_larger_share_only_turns_the_wrong_content_into_the_wrong_modality(mined: MinedNegatives) -> None:
-    fewer, more = draws(mined, 1, 0.3), draws(mined, 1, 0.6)
-    assert all(b == a or (a >= 200 and b < 200) for a, b in zip(fewer, more, strict=True))
-    assert fewer != more
+    for epoch in range(400):
+        (fewer,), (more,) = (draw_negatives(mined, POOL, 1, [], 1, 7, epoch, share) for share in (0.3, 0.6))
+        assert more == fewer or (fewer >= 200 and more < 200)
+    assert draws(mined, 1, 0.3) != draws(mined, 1, 0.6)
+
+
+@pytest.mark.parametrize("qid", range(1, 10))
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_no_negative_of_a_query_comes_twice_while_another_is_left(
+    mined: MinedNegatives, qid: int, share: float
+) -> None:
+    there = sum(map(len, mined.of(qid))) or 12
+    pool = np.arange(there + 2)  # two are positives
+    for n in (2, there - 1, there):
+        for epoch in range(20):
+            assert len(set(draw_negatives(mined, pool, qid, [0, 5], n, 7, epoch, share))) == n
+    again = draw_negatives(mined, pool, qid, [0, 5], there + 3, 7, 0, share)
+    assert (len(again), len(set(again))) == (there + 3, there), "as many for every query, however few there are"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_kind_that_has_run_out_is_as_one_that_is_empty(mined: MinedNegatives, share: float) -> None:
+    wanted, other = (EACH[0], EACH[1]) if share else (EACH[1], EACH[0])
+    for epoch in range(20):
+        drawn = draw_negatives(mined, POOL, 1, [], len(wanted) + 2, 7, epoch, share)
+        assert set(drawn[: len(wanted)]) == set(wanted)
+        assert set(drawn[len(wanted) :]) < set(other)
+
+
+def test_the_second_of_two_negatives_is_any_of_those_that_are_left(mined: MinedNegatives) -> None:
+    pairs = [draw_negatives(mined, POOL, 4, [], 2, 7, epoch) for epoch in range(2000)]
+    counts = Counter(map(tuple, pairs))
+    assert len(counts) == 5 * 4
+    assert all(abs(count - 100) < 50 for count in counts.values())
+
+
+def test_what_two_files_hold_of_one_query_is_drawn_once(tmp_path: Path) -> None:
+    for name, kinds in (("a", {1: (0, 1)}), ("b", {1: (1, 2)})):
+        write(tmp_path / name, kinds)
+    both = MinedNegatives([tmp_path / "a", tmp_path / "b"])
+    drawn = draw_negatives(both, POOL, 1, [], 21, 7, 0)
+    assert sorted(drawn) == sorted(did for part in EACH.values() for did in part)
 
 
 @pytest.mark.parametrize(("qid", "kind"), [(3, 0), (4, 1), (5, 2)])
@@ -159,9 +232,19 @@ def test_the_share_of_an_epoch_is_as_written_and_stays_at_the_last(share: Share,
         {"start": 0.5, "end": 0.5, "epochs": 0},
         {"start": 0.5, "end": 1.5, "epochs": 4},
         {"start": 0.5, "end": 0.5, "epochs": 4, "step": 1},
+        {"start": None, "end": 0.5, "epochs": 4},
+        None,
+        [0.5, None],
+        "0.5",
     ],
     ids=str,
 )
-def test_a_share_that_is_none_is_named(share: Share) -> None:
+def test_a_share_that_is_none_is_named(share: Any) -> None:
     with pytest.raises(UserInputError, match=r"wrong_modality_share=.* cannot be used: "):
         check_share(share)
+
+
+@pytest.mark.parametrize("epochs", [-1, None, 0, float("inf")])
+def test_a_curriculum_without_a_last_epoch_says_what_to_give(epochs: Any) -> None:
+    with pytest.raises(UserInputError, match=rf"epochs={epochs} has no last epoch.*wrong_modality_share\.epochs=8"):
+        check_share({"start": 1.0, "end": 0.5, "epochs": epochs})

@@ -20,10 +20,10 @@ from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.losses import distillation_loss
 
 
-def write(path: Path, pairs: dict[tuple[int, int], float], shards: str = "") -> Path:
+def write(path: Path, pairs: dict[tuple[int, int], float], **facts: str) -> Path:
     columns = {"qid": [q for q, _ in pairs], "did": [d for _, d in pairs], "score": list(pairs.values())}
     table = pa.table({**columns, "score": pa.array(columns["score"], pa.float32())})
-    pq.write_table(table.replace_schema_metadata({"shards": shards} if shards else None), path)
+    pq.write_table(table.replace_schema_metadata({"split": "train", **facts}), path)
     return path
 
 
@@ -41,20 +41,24 @@ def test_a_pair_has_its_score_and_another_none(tmp_path: Path) -> None:
     assert np.isnan(SoftLabels(write(tmp_path / "none.parquet", {})).of(np.array([1]), np.array([2]))).all()
 
 
-@pytest.mark.parametrize("content", ["missing", "other", "columns"])
+@pytest.mark.parametrize("content", ["missing", "other", "columns", "test", "untold"])
 def test_labels_that_cannot_be_used_are_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "labels.parquet"
     if content == "other":
-        write(path, {(1, 2): 0.5}, "other shards")
+        write(path, {(1, 2): 0.5}, shards="other shards")
+    elif content == "test":
+        write(path, {(1, 2): 0.5}, split="test", shards="these shards")
+    elif content == "untold":
+        pq.write_table(pa.table({"qid": [1], "did": [2], "score": [0.5]}), path)
     elif content == "columns":
         pq.write_table(pa.table({"qid": [1]}), path)
     with pytest.raises(UserInputError, match=r"labels\.parquet"):
         SoftLabels(path, "these shards")
 
 
-def test_training_distils_what_was_scored_and_only_that(
-    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def half_scored(tiny_shards: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A negative for each query, and scores of all positives and of every second negative."""
     shards = Shards(tiny_shards)
     rows, pool = shards.query_rows("train"), shards.pool("train")
     qids, right = shards.query_ids(rows).tolist(), shards.positives(rows)
@@ -63,7 +67,13 @@ def test_training_distils_what_was_scored_and_only_that(
     negatives = write_negatives(tmp_path / "n.parquet", columns, {"pool": shards.pool_fingerprint("train")}, {})
     pairs = {(q, d): 0.125 for q, d in zip(qids[::2], wrong[::2], strict=True)}
     pairs |= {(q, d): 0.75 for q, own in zip(qids, right, strict=True) for d in own}
-    labels = write(tmp_path / "labels.parquet", pairs, shards.fingerprint)
+    return negatives, write(tmp_path / "labels.parquet", pairs, shards=shards.fingerprint)
+
+
+def test_training_distils_what_was_scored_and_only_that(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, half_scored: tuple[Path, Path]
+) -> None:
+    negatives, labels = half_scored
     seen = []
 
     def loss(*args: torch.Tensor, listed: torch.Tensor | None = None, teacher_scores: torch.Tensor | None = None):  # type: ignore[no-untyped-def]
@@ -80,3 +90,30 @@ def test_training_distils_what_was_scored_and_only_that(
     assert ((listed[:, 1] < 0) == (scores[:, 1] == 0)).all(), "what was not scored is not listed"
     assert (listed[:, 0] >= 0).all()
     assert all((one[0] == -1).all() for one in seen if one[0].shape[1] == 1), "a validation batch has no teacher"
+
+
+def test_the_share_of_queries_with_a_teacher_is_logged(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, half_scored: tuple[Path, Path]
+) -> None:
+    module, (negatives, labels) = tiny_module(tiny_checkpoint), half_scored
+    module.loss = distillation_loss
+    trainer = tiny_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, MBEIRDataModule(tiny_shards, batch_size=48, negatives=negatives, soft_labels=labels))
+    assert trainer.callback_metrics["train/share_with_teacher"] == 0.5
+
+
+@pytest.mark.parametrize("mined", ["not at all", "anew"])
+def test_a_step_that_has_nothing_to_distil_is_refused(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, half_scored: tuple[Path, Path], mined: str
+) -> None:
+    module, (negatives, labels) = tiny_module(tiny_checkpoint), half_scored
+    module.loss = distillation_loss
+    if mined == "anew":  # every score is of another negative
+        table = pq.read_table(labels).to_pydict()
+        pairs = zip(table["qid"], table["did"], table["score"], strict=True)
+        write(labels, {(q, d if score == 0.75 else d + 10**6): score for q, d, score in pairs})
+    datamodule = MBEIRDataModule(
+        tiny_shards, batch_size=8, negatives=negatives if mined == "anew" else None, soft_labels=labels
+    )
+    with pytest.raises(UserInputError, match=r"no query of this step has two candidates .* callbacks\.mining=null"):
+        tiny_trainer(tmp_path, max_epochs=1).fit(module, datamodule)

@@ -103,6 +103,47 @@ def test_a_file_without_negatives_has_no_file_of_them(tmp_path: Path) -> None:
     assert not (tmp_path / "shards" / "negatives.parquet").exists()
 
 
+def answers(shards: Shards, out: Path) -> dict[str, tuple[set[str], set[str]]]:
+    """By text of a training query the texts of its positives and of its negatives."""
+    texts, mined = texts_of(shards), MinedNegatives(out / "negatives.parquet")
+    (queries,) = shards.query_sets("train")
+    return {
+        query.item.text or "": (
+            {texts[encode_id(did)] for did in query.positives},
+            {texts[did] for part in mined.of(encode_id(query.qid)) for did in part.tolist()},
+        )
+        for query in queries.queries
+    }
+
+
+def test_a_label_says_whether_a_text_is_a_positive_and_numbered_negatives_are_negatives(tmp_path: Path) -> None:
+    records: list[dict[str, Any] | str] = [
+        {"anchor": "a white bird", "positive": "Swans are white.", "label": 1, "score": 0.8},
+        {"anchor": "a white bird", "positive": "Crows are black.", "label": 0},
+        {"query": "a black bird", "pos": ["Swans are white.", "Gulls cry."], "label": 0.0},
+        {"query": "a black bird", "pos": "Ravens too.", "label": None},
+        {
+            "anchor": "a bird",
+            "positive": "Ravens too.",
+            "negative_1": "A tree.",
+            "negative_2": None,
+            "negative_10": "B.",
+        },
+        {"anchor": "no bird", "positive": "Crows are black.", "label": 0},
+        {"query": "a tree", "positive": "A tree.", "negative": "B.", "scores": [0.9, 0.1]},
+    ]
+    shards = shards_of(triplets(tmp_path / "pairs.jsonl", records), tmp_path / "shards")
+    assert shards.manifest["bad_records"] == []
+    assert answers(shards, tmp_path / "shards") == {
+        "a white bird": ({"Swans are white."}, {"Crows are black."}),
+        "a black bird": ({"Ravens too."}, {"Swans are white.", "Gulls cry."}),
+        "a bird": ({"Ravens too."}, {"A tree.", "B."}),
+        "a tree": ({"A tree."}, {"B."}),
+    }
+    assert shards.manifest["noted"] == {"queries with negatives alone": 1}
+    assert verify_shards(tmp_path / "shards", show_progress=False).findings == []
+
+
 @pytest.mark.parametrize(
     ("record", "told"),
     [
@@ -113,6 +154,12 @@ def test_a_file_without_negatives_has_no_file_of_them(tmp_path: Path) -> None:
         ({"query": "x", "positive": ["z", " "]}, "positive holds an empty text"),
         ({"query": "x", "positive": "z", "negative": [3]}, "text=3 is no text"),
         ({"query": "x", "positive": {"title": 3}}, "title=3 is no text"),
+        ({"anchor": "x", "positive": ["z", "y"], "labels": [1, 0]}, "labels is not read"),
+        ({"anchor": "x", "positive": ["z", "y"], "scores": [0.9, 0.1]}, "scores is not read"),
+        ({"anchor": "x", "positive": "z", "score": 0.1}, "score is not read"),
+        ({"anchor": "x", "positive": "z", "label": 0.4}, "label=0.4 is neither 0 nor 1"),
+        ({"anchor": "x", "positive": "z", "label": "0"}, "label='0' is neither 0 nor 1"),
+        ({"anchor": "x", "positive": "z", "negative_1": " "}, "negative_1 holds an empty text"),
         ({"query": "\ud800", "positive": "z"}, "half a character"),
         ("[1]", "[1] is no object"),
         ("nothing", "not JSON"),
@@ -128,3 +175,9 @@ def test_a_line_that_cannot_be_used_is_named_and_leaves_nothing_behind(
     assert len(shards.pool("train")) == 3
     with pytest.raises(UserInputError, match=r"pairs\.jsonl:2"):
         shard_dataset(TripletLayout(tmp_path / "pairs.jsonl"), tmp_path / "strict", show_progress=False)
+
+
+def test_a_file_in_a_form_that_is_not_read_says_so(tmp_path: Path) -> None:
+    records: list[dict[str, Any] | str] = [{"anchor": "x", "positive": ["y", "z"], "labels": [1, 0]}] * 3
+    with pytest.raises(UserInputError, match=r"3 of 3 records .*pairs\.jsonl:1: labels is not read.*output_format"):
+        shard_dataset(TripletLayout(triplets(tmp_path / "pairs.jsonl", records)), tmp_path / "out", show_progress=False)

@@ -283,6 +283,18 @@ def test_training_begins_at_the_parts_with_lora_and_a_frozen_tower(tensors: dict
     torch.testing.assert_close(joined.encode(entries_of(case)), EXPECTED[case["id"]], rtol=0, atol=5e-6)
 
 
+def test_the_parts_give_vectors_cut_to_their_first_numbers(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    llava_next, nv_embed = (
+        write_llava_next(tmp_path / "llava", tensors, False),
+        write_nv_embed(tmp_path / "nv", tensors),
+    )
+    joined = MLLMEncoder.from_parts(llava_next, nv_embed, truncate_dim=4)
+    assert joined.settings["truncate_dim"] == joined.embedding_dim == 4
+    case = CASES[0]
+    expected = torch.nn.functional.normalize(EXPECTED[case["id"]][:, :4], dim=1)
+    torch.testing.assert_close(joined.encode(entries_of(case)), expected, rtol=0, atol=5e-5)
+
+
 def test_parts_in_several_files_are_read_whole(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     nv_embed = write_nv_embed(tmp_path / "nv", tensors)
     whole = load_file(nv_embed / "model.safetensors")

@@ -159,6 +159,13 @@ def test_a_wording_must_hold_query_and_candidate_in_this_order(wording: str) -> 
         Prompts({"task0": wording})
 
 
+@pytest.mark.parametrize("wording", ["{instruction} {query}\n{candidate}", "{query}\n{candidate} ({instruction})"])
+def test_the_instruction_stands_in_a_line_without_the_items(wording: str) -> None:
+    with pytest.raises(UserInputError, match=r"prompts\['task0'\].*a line of its own"):
+        Prompts({"task0": wording})
+    Prompts({"task0": "Of the task {instruction}:\n{query}\n{candidate}"})
+
+
 def test_the_configuration_has_a_wording_for_every_task_and_the_attested_ones() -> None:
     prompts = Prompts(OmegaConf.to_container(OmegaConf.load(CONF / "llava_next.yaml"))["prompts"])
     for task in (*MBEIR_TASKS, *(f"other_task{number}" for number in range(9))):

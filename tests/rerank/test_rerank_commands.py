@@ -17,15 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
-from worlds import ARCHITECTURE
+from worlds import ARCHITECTURE, tiny_module, tiny_trainer
 
-from lightning_mmembed import ZeroShotReranker
-from lightning_mmembed.cli import evaluate, user_error
+from lightning_mmembed import ZeroShotReranker, cli
+from lightning_mmembed.cli import evaluate, train, user_error
+from lightning_mmembed.cli_mine import mine
 from lightning_mmembed.cli_rerank import rerank, show
 from lightning_mmembed.data import Shards
 from lightning_mmembed.data.negatives import write_negatives
+from lightning_mmembed.data.soft_labels import SoftLabels
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.rerank import ScoreStore
+from lightning_mmembed.rerank import ScoreStore, zero_shot
 
 TASKS = ["pets_task0", "pets_task1", "pets_task3", "pets_task7"]
 #: The command as a file: a second process is started with the same command line, which `python -c` has not.
@@ -93,6 +95,8 @@ def test_a_run_is_reranked_and_told_before_and_after(
     assert before != after
     content = json.loads((tmp_path / "reranking.json").read_text())
     assert content["tasks"] == TASKS
+    assert content["split"] == "test"
+    assert pq.read_schema(tmp_path / "labels.parquet").metadata[b"split"] == b"test"
     assert content["pairs"]["scored"] == len(made.scores) == pq.read_table(tmp_path / "labels.parquet").num_rows
     figures = content["effects"]["union"]["pets_task3"]
     metrics = json.loads((root_of(world) / "test" / "metrics.json").read_text())
@@ -192,6 +196,28 @@ def test_positives_and_mined_negatives_are_scored_to_distil_from(world: list[str
     }
     assert scored == expected
     assert all(0 <= score <= 1 for score in read["score"])
+    SoftLabels(labels, shards.fingerprint)
+
+
+def test_the_commands_of_the_guide_lead_from_mining_to_distillation(
+    world: list[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    best, trainer = tmp_path / "best.ckpt", tiny_trainer(tmp_path)
+    trainer.strategy.connect(tiny_module(tiny_checkpoint))
+    trainer.save_checkpoint(best)
+    guide = (Path(__file__).parents[2] / "docs" / "reranking.md").read_text().partition("## 4.")[2]
+    block = guide.split("```")[1].replace("\\\n", "").replace("best.ckpt", str(best)).replace("data/", f"{tmp_path}/")
+    mining, scoring, training = (line.split() for line in block.splitlines()[1:])
+    model = [f"model.encoder.pretrained_model_name_or_path={tiny_checkpoint}", "model.encoder.max_length=48"]
+    data = [*world[:4], "model=llava_next", *model, f"paths.root_dir={tmp_path}"]
+    cpu = "fabric.accelerator=cpu"
+    mine(composed("mine", *data, *mining[1:], cpu, "mining.k=9", "mining.k_prime=3"))
+    given = [one for one in settings(world, tmp_path) if not one.startswith("run=")]
+    assert rerank(composed("rerank", *given, *scoring[1:])) is None
+    short = ["trainer.max_epochs=1", "data.batch_size=8", "test=false", f"paths.output_dir={tmp_path}/run"]
+    metrics, _ = train(composed("train", *data, *training[2:], *short))
+    assert metrics["train/share_with_teacher"] == 1
+    assert metrics["train/loss"] > 0
 
 
 def test_the_prompt_of_a_task_is_shown_without_weights(
@@ -220,11 +246,18 @@ def test_the_prompt_of_a_task_is_shown_without_weights(
     [
         (["run=null"], "give run=<TREC run"),
         (["run={root}/nothing"], "nothing' is neither a file"),
-        (["tasks=[cirr_task7]"], "were not ranked; those that were are pets_task0"),
+        (["tasks=[cirr_task7]"], "are unknown; those that are ranked are pets_task0"),
         (["tasks=pets_task0"], "tasks='pets_task0' is unknown; write a list"),
         (["tasks=auto"], "needs val_run="),
         (["tasks=auto", "split=val"], "chooses by the validation split"),
-        (["split=val"], "is not in the val pool; give a run over it"),
+        (["split=val"], "test' is of the test split"),
+        (["run={root}/test/runs", "split=val"], "is of the test split"),
+        (["run={root}/test/runs/union/pets_task3.run", "split=val"], "is of the test split"),
+        (["tasks=auto", "val_run={root}/test"], "test' is of the test split"),
+        (["tasks=auto", "val_run={root}/val", "val_queries=0"], "val_queries=0"),
+        (["max_pairs=-1"], "max_pairs=-1"),
+        (["top=1"], "top=1 goes by one ranking"),
+        (["tasks=[]"], "tasks=[] is unknown"),
         (["negatives=x.parquet", "run=null"], "soft_labels=<Parquet file>"),
         (["depth=0"], "depth=0"),
         (["metric=hit@70"], "metric='hit@70'"),
@@ -234,13 +267,79 @@ def test_the_prompt_of_a_task_is_shown_without_weights(
     ],
 )
 def test_what_cannot_be_used_is_named(
-    world: list[str], tmp_path: Path, overrides: list[str], named: str | None
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], named: str
 ) -> None:
     filled = [one.format(root=root_of(world)) for one in overrides]
     cfg = composed("rerank", *settings(world, tmp_path, *filled))
+    monkeypatch.setattr(zero_shot, "load_generator", None)  # told before minutes of loading weights
     with pytest.raises(Exception) as raised:  # noqa: PT011 - Hydra wraps what a constructor raises
         rerank(cfg)
     assert named.format(root=root_of(world)) in (user_error(raised.value) or "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["reranking.metric=hit@7"], "metric='hit@7' is not among callbacks.evaluation.metrics"),
+        (["reranking.tasks=[cirr_task7]"], "are unknown; those that are ranked are pets_task0"),
+        (["reranking.top=1"], "top=1 goes by one ranking"),
+        (["reranking.max_pairs=-1"], "max_pairs=-1"),
+        (["rerank.labels=[Truthfully,False]"], "label 'Truthfully' is no single token"),
+        (["rerank.pretrained_model_name_or_path={root}/nowhere"], "nowhere"),
+        (["rerank.prompts.task3=nothing"], "prompts['task3']"),
+        (["rerank.max_length=0"], "max_length=0"),
+        (["~rerank.prompts.task0"], "task='pets_task0' has no prompt"),
+    ],
+)
+def test_what_an_evaluation_cannot_rerank_is_named_before_anything_is_embedded(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], named: str
+) -> None:
+    size = [f"model.encoder.architecture.{name}={value}" for name, value in ARCHITECTURE.items()]
+    filled = [one.format(root=root_of(world)) for one in overrides]
+    given = [*world[:5], "rerank=llava_next", *world[5:], *size, *filled]
+    cfg = composed("evaluate", *given, f"paths.output_dir={tmp_path}", f"reranking.scores_dir={tmp_path}/scores")
+    monkeypatch.setattr(cli, "_ranked", None)
+    with pytest.raises(UserInputError) as raised:
+        evaluate(cfg)
+    assert named.format(root=root_of(world)) in str(raised.value)
+
+
+def test_negatives_of_an_unknown_task_are_named_before_weights_are_loaded(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = Shards(next(one for one in world if one.startswith("data.shards=")).partition("=")[2])
+    columns = {"qid": [1], "did": [int(shards.pool("train").ids[0])], "kind": [0], "rank": [1], "score": [0.5]}
+    made_of = {"pool": shards.pool_fingerprint("train")}
+    negatives = write_negatives(tmp_path / "negatives.parquet", columns, made_of, {})
+    more = ["run=null", f"negatives={negatives}", f"soft_labels={tmp_path}/labels.parquet", "tasks=[pets_task9]"]
+    monkeypatch.setattr(zero_shot, "load_generator", None)
+    with pytest.raises(UserInputError, match=r"tasks=\['pets_task9'\] have no training queries"):
+        rerank(composed("rerank", *settings(world, tmp_path, *more)))
+
+
+def test_a_task_that_is_named_twice_is_reranked_once(world: list[str], tmp_path: Path) -> None:
+    made = rerank(composed("rerank", *settings(world, tmp_path, "tasks=[pets_task0,pets_task0]")))
+    assert made is not None
+    assert made.tasks == ["pets_task0"]
+    assert len(set(map(tuple, made.rows.tolist()))) == len(made.rows)
+
+
+def test_without_a_number_of_validation_queries_all_are_asked(world: list[str], tmp_path: Path) -> None:
+    given = ["tasks=auto", f"val_run={root_of(world)}/val", "val_queries=null", "depth=2"]
+    rerank(composed("rerank", *settings(world, tmp_path, *given)))
+    content = json.loads((tmp_path / "reranking.json").read_text())
+    assert content["choice"]["val_queries"] is None
+    metrics = json.loads((root_of(world) / "val" / "metrics.json").read_text())
+    for task, figures in content["choice"]["effects"]["union"].items():
+        if task in TASKS:
+            assert figures["before"] == metrics["union"]["tasks"][task]["hit@1"]
+
+
+def test_a_run_of_few_queries_is_told(world: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "few.run"
+    path.write_text((root_of(world) / "test/runs/union/pets_task0.run").read_text().splitlines()[0] + "\n")
+    rerank(composed("rerank", *settings(world, tmp_path, f"run={path}")))
+    assert re.search(r"the union run mmembed lacks \d+ queries, which score 0", caplog.text)
 
 
 def test_a_candidate_that_is_not_in_the_pool_is_named_by_file_and_line(world: list[str], tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.rerank import fused, rerank, settled
+from lightning_mmembed.rerank.order import mixable
 
 
 def test_the_head_is_sorted_by_score_and_the_rest_stays_below_in_its_order() -> None:
@@ -27,6 +29,16 @@ def test_a_weight_mixes_the_retrievers_score_in() -> None:
     assert rerank(ranking, scores, retrieval, weight=0.5) == ["a", "b", "c"]
     assert rerank(ranking, scores, retrieval, weight=1.0) == ["c", "b", "a"]
     np.testing.assert_allclose(fused(scores, retrieval, 0.25), 0.25 * np.array(scores) + 0.75 * np.array(retrieval))
+
+
+def test_scores_of_any_size_are_brought_to_that_of_a_probability_within_a_head() -> None:
+    inf = float("inf")
+    heads = torch.tensor([[30.0, 10.0, 5.0], [8.0, 8.0, 8.0], [0.4, 0.2, -inf], [-inf, -inf, -inf]])
+    expected = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, -inf], [-inf, -inf, -inf]])
+    torch.testing.assert_close(mixable(heads), expected)
+    cosines = torch.tensor([[1.0005, 0.1], [-0.3, -1.0], [0.2, -inf]])  # rounded vectors may lie beyond 1
+    assert mixable(cosines).equal(cosines)
+    assert mixable(torch.zeros(0, 3)).shape == (0, 3)
 
 
 def test_wrong_scores_and_weights_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from rerank_worlds import CANDIDATES, PROMPTS, QUERIES
 
 from lightning_mmembed import Candidate, Item, ZeroShotReranker
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.rerank import ScoreStore, estimate, score_run
+from lightning_mmembed.rerank import ScoreStore, estimate, score_run, zero_shot
 from lightning_mmembed.rerank.runs import share_out
 
 ALL = list(QUERIES.values())
@@ -78,8 +80,11 @@ def test_a_score_belongs_to_weights_wording_labels_instruction_query_and_candida
     assert loaded(prompts={**PROMPTS, "task6": "{query} or {candidate}"}).key(query, candidate) == key
     changed = loaded()
     next(changed.model.parameters()).data.view(-1)[0] += 1
+    configured = loaded()
+    configured.model.config.text_config.rms_norm_eps = 1e-3
     others = [
         changed.key(query, candidate),
+        configured.key(query, candidate),
         loaded(labels=("False", "True")).key(query, candidate),
         loaded(prompts={"cirr_task7": "{query} or {candidate}"}).key(query, candidate),
         loaded(max_length=300).key(query, candidate),
@@ -91,6 +96,24 @@ def test_a_score_belongs_to_weights_wording_labels_instruction_query_and_candida
         reranker.key(query, replace(candidate, item=Item(candidate.item.text))),
     ]
     assert len({key, *others}) == 1 + len(others)
+
+
+def test_a_score_belongs_neither_to_a_folder_nor_to_a_way_to_attend(
+    answering_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = answering_checkpoint("qwen2_5_vl")
+    shutil.copytree(path, tmp_path / "copy")
+    one = ZeroShotReranker.from_pretrained(path, prompts=PROMPTS, attn_implementation="sdpa")
+    other = ZeroShotReranker.from_pretrained(tmp_path / "copy", prompts=PROMPTS, attn_implementation="eager")
+    assert one.fingerprint == other.fingerprint
+
+
+def test_a_score_belongs_to_the_version_of_transformers(
+    reranker: ZeroShotReranker, answering_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ZeroShotReranker.from_pretrained(answering_checkpoint("qwen2_5_vl"), prompts=PROMPTS)
+    monkeypatch.setattr(zero_shot, "version", lambda name: "7.7" if name == "transformers" else version(name))
+    assert other.fingerprint != (monkeypatch.undo() or reranker.fingerprint)
 
 
 def test_a_part_that_was_cut_short_is_left_aside(
@@ -164,17 +187,32 @@ def test_a_run_that_is_killed_scores_nothing_twice_when_it_is_started_again(
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_shared_out_rank_by_rank() -> None:
+def test_pairs_are_shared_out_rank_by_rank_and_no_head_of_one_candidate_is_made() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(100):
+    for _ in range(300):
         lengths, depth = rng.integers(0, 12, 6).tolist(), int(rng.integers(1, 11))
         budget = int(rng.integers(0, 70))
-        expected = [0] * 6
-        by_rank = [(rank, n) for rank in range(depth) for n in range(6) if rank < lengths[n]]
-        for _, n in by_rank[:budget]:
-            expected[n] += 1
-        assert share_out(lengths, depth, budget) == expected
+        whole, shares = [min(length, depth) for length in lengths], share_out(lengths, depth, budget)
+        if budget >= sum(whole):
+            assert shares == whole
+            continue
+        assert sum(shares) <= budget
+        assert all(share != 1 and share <= most for share, most in zip(shares, whole, strict=True))
+        deeper = {share: 2 if share == 0 else share + 1 for share in shares}
+        unfinished = [share for share, most in zip(shares, whole, strict=True) if deeper[share] <= most]
+        if unfinished:
+            lowest = min(unfinished)
+            assert max(shares) <= deeper[lowest], "nobody is two ranks ahead of one who could have more"
+            assert budget - sum(shares) < deeper[lowest] - lowest, "nothing is left that somebody could have"
     assert share_out([10, 1, 10], 4) == [4, 1, 4]
+
+
+def test_what_is_left_of_a_budget_goes_to_queries_all_over_the_run() -> None:
+    for budget, parts in ((100, 10), (230, 3)):
+        shares = np.array(share_out([10] * 100, 10, budget))
+        assert shares.sum() == budget
+        sums = shares[: 100 // parts * parts].reshape(parts, -1).sum(1)
+        assert sums.max() - sums.min() <= 2
 
 
 def test_a_budget_of_pairs_goes_to_the_first_ranks_and_counts_what_is_on_disk(
@@ -183,7 +221,7 @@ def test_a_budget_of_pairs_goes_to_the_first_ranks_and_counts_what_is_on_disk(
     with caplog.at_level(logging.WARNING), stored(tmp_path) as store:
         for scored in (8, 0):
             result = score_run(reranker, ALL, RANKINGS, store=store, max_pairs=8, show_progress=False)
-            assert [len(scores) for scores in result.scores] == [3, 3, 2]
+            assert [len(scores) for scores in result.scores] == [3, 2, 3]
             assert (result.scored, result.found, result.unscored) == (scored, 8 - scored, PAIRS - 8)
     assert "the budget left 5 pairs unscored" in caplog.text
     assert score_run(reranker, ALL, RANKINGS, max_pairs=0, show_progress=False).scores == [[], [], []]

@@ -65,6 +65,16 @@ def test_what_candidates_share_is_computed_once(answering_checkpoint: Checkpoint
     assert computed["qwen2_5_vl"] < 1.8
 
 
+def test_the_positions_of_a_pass_go_by_the_device_that_the_model_was_moved_to(
+    reranker: ZeroShotReranker, answering_checkpoint: Checkpoint
+) -> None:
+    given = ZeroShotReranker.from_pretrained(answering_checkpoint("qwen2_5_vl"), prompts=PROMPTS, tokens_per_batch=77)
+    assert (reranker.tokens_per_batch, given.tokens_per_batch) == (2048, 77)
+    for one in (reranker, given):
+        one.model.to("meta")
+    assert (reranker.tokens_per_batch, given.tokens_per_batch) == (16384, 77)
+
+
 def test_lengths_are_cut_where_it_costs_least() -> None:
     rng = np.random.default_rng(0)
 
