@@ -114,7 +114,6 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
             given, or what was ranked cannot be reranked as asked.
     """
     from lightning_mmembed.checkpoints import load_encoder_weights
-    from lightning_mmembed.cli_rerank import check_evaluation
 
     if cfg.split not in ("test", "val"):
         raise UserInputError(f"split={cfg.split!r} is unknown; write 'test' or 'val'")
@@ -130,6 +129,8 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     prompts = None if cfg.get("rerank") is None else _check_reranking(cfg)
     objects = build(cfg)
     if prompts is not None:
+        from lightning_mmembed.cli_rerank import check_evaluation
+
         check_evaluation(cfg.reranking, objects["datamodule"].shards, cfg.split, prompts)
     if cfg.ckpt_path is not None:
         load_encoder_weights(objects["module"].encoder, cfg.ckpt_path)
