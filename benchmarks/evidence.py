@@ -52,19 +52,20 @@ class Row:
         experiment: Of experiment/mm_embed/{dataset}; None evaluates the start, or another row's checkpoint.
         overrides: Beside the experiment's; {random} and the like are the folders of other rows.
         key: Its folder.
-        shown: False for a run that others start from.
+        against: Keys of the rows that it is compared with; the one above it if there are none.
     """
 
     name: str
     key: str
     experiment: str | None
     overrides: tuple[str, ...] = ()
-    shown: bool = True
+    against: tuple[str, ...] = ()
 
 
 MINED = "callbacks.mining.ckpt_path={random}/checkpoints/best.ckpt"
 RANDOM = Row("random", "random", "random")
-HARD = Row("hard (paper)", "hard", "hard", (MINED,))
+OTHERS = ("random", "random-as-long", "random-long", "hard-top-k", "hard-c1", "hard-c2")
+HARD = Row("hard (paper)", "hard", "hard", (MINED,), OTHERS)
 MAIN = (
     Row("start", "start", None),
     RANDOM,
@@ -77,6 +78,22 @@ MAIN = (
     Row("continual", "continual", "continual", ("weights={hard}/checkpoints/best.ckpt",)),
     Row("joint", "joint", "joint", (MINED,)),
 )
+#: The same with three times the epochs, and the random stage for as long as the hard one takes.
+MINED_LONG = "callbacks.mining.ckpt_path={long-random}/checkpoints/best.ckpt"
+LONG_HARD = ("trainer.max_epochs=6", MINED_LONG)
+LONG = (
+    Row("random, 6 epochs", "long-random", "random", ("trainer.max_epochs=6",)),
+    Row("random, 9 epochs", "long-random-as-long", "random", ("trainer.max_epochs=9",)),
+    Row("hard (plain top-k), 6 epochs", "long-top-k", "hard", (*LONG_HARD, "mining=top_k")),
+    Row("hard (C1 only), 6 epochs", "long-c1", "hard", (*LONG_HARD, "mining.rule=wrong_modality")),
+    Row(
+        "hard (paper), 6 epochs",
+        "long-hard",
+        "hard",
+        LONG_HARD,
+        ("long-random", "long-random-as-long", "long-top-k", "long-c1"),
+    ),
+)
 VERSIONS = (
     RANDOM,
     HARD,
@@ -86,12 +103,17 @@ VERSIONS = (
 
 
 def ablation(name: str, key: str, *overrides: str) -> tuple[Row, Row]:
-    """The random and the hard stage with another setting."""
+    """The random and the hard stage with another setting, each beside the same stage without it."""
     mined = f"callbacks.mining.ckpt_path={{{key}-random}}/checkpoints/best.ckpt"
     return (
-        Row(f"random, {name}", f"{key}-random", "random", overrides),
-        Row(f"hard, {name}", f"{key}-hard", "hard", (mined, *overrides)),
+        Row(f"random, {name}", f"{key}-random", "random", overrides, ("random",)),
+        Row(f"hard, {name}", f"{key}-hard", "hard", (mined, *overrides), ("hard",)),
     )
+
+
+def beside_hard(name: str, key: str, *overrides: str) -> Row:
+    """The hard stage with another setting, on the random stage's negatives."""
+    return Row(f"hard, {name}", key, "hard", (MINED, *overrides), ("hard",))
 
 
 ABLATIONS = (
@@ -101,33 +123,39 @@ ABLATIONS = (
     *ablation("causal attention", "causal", "model.encoder.bidirectional=false"),
     *ablation("last token", "last", "model.encoder.pooling=last"),
     *ablation("latent attention", "latent", "model.encoder.pooling=latent-attention"),
-    Row("hard, k' = 25", "k-prime-25", "hard", (MINED, "mining.k_prime=25")),
-    Row("hard, top 20, k' = 15", "top-20", "hard", (MINED, "mining.k=20", "mining.k_prime=15")),
-    Row("hard, top 100, k' = 95", "top-100", "hard", (MINED, "mining.k=100", "mining.k_prime=95")),
+    beside_hard("k' = 25", "k-prime-25", "mining.k_prime=25"),
+    beside_hard("top 20, k' = 15", "top-20", "mining.k=20", "mining.k_prime=15"),
+    beside_hard("top 100, k' = 95", "top-100", "mining.k=100", "mining.k_prime=95"),
 )
 HARD_BEST = "{hard}/checkpoints/best.ckpt"
+MERGED = f"ckpt_path=[{{random}}/checkpoints/best.ckpt,{HARD_BEST}]"
+FIRST_32 = "model.encoder.truncate_dim=32"
 BEYOND = (
     RANDOM,
     HARD,
-    Row("random and hard, merged", "merged", None, (f"ckpt_path=[{{random}}/checkpoints/best.ckpt,{HARD_BEST}]",)),
-    Row("hard, symmetric loss", "symmetric", "hard", (MINED, "loss=symmetric")),
-    Row("hard, hardness-weighted loss", "hardness", "hard", (MINED, "loss=hardness")),
-    Row("hard, learned temperature", "learned", "hard", (MINED, "loss=learned_temperature")),
-    Row("hard, two negatives", "two", "hard", (MINED, "data.negatives_per_query=2")),
-    Row("hard, curriculum", "curriculum", "hard", (MINED, "mining=curriculum")),
-    Row("hard, relative margin", "relative-margin", "hard", (MINED, "mining=relative_margin")),
-    Row("hard, Matryoshka", "matryoshka", "hard", (MINED, "loss=matryoshka")),
-    Row("hard, first 32 of 128", "hard-32", None, (f"ckpt_path={HARD_BEST}", "model.encoder.truncate_dim=32")),
+    Row("random and hard, merged", "merged", None, (MERGED,), ("random", "hard")),
+    beside_hard("symmetric loss", "symmetric", "loss=symmetric"),
+    beside_hard("hardness-weighted loss", "hardness", "loss=hardness"),
+    beside_hard("learned temperature", "learned", "loss=learned_temperature"),
+    beside_hard("two negatives", "two", "data.negatives_per_query=2"),
+    beside_hard("curriculum", "curriculum", "mining=curriculum"),
+    beside_hard("relative margin", "relative-margin", "mining=relative_margin"),
+    beside_hard("Matryoshka", "matryoshka", "loss=matryoshka"),
+    Row("hard, first 32 of 128", "hard-32", None, (f"ckpt_path={HARD_BEST}", FIRST_32), ("hard",)),
     Row(
         "hard, Matryoshka, first 32 of 128",
         "matryoshka-32",
         None,
-        ("ckpt_path={matryoshka}/checkpoints/best.ckpt", "model.encoder.truncate_dim=32"),
+        ("ckpt_path={matryoshka}/checkpoints/best.ckpt", FIRST_32),
+        ("hard-32",),
     ),
 )
-TABLES = {"main": MAIN, "versions": VERSIONS, "ablations": ABLATIONS, "beyond": BEYOND}
-#: Tables beside the main one are made in one regime, the paper's.
-ONE_REGIME = ("pretrained-mixed",)
+TABLES = {"main": MAIN, "long": LONG, "versions": VERSIONS, "ablations": ABLATIONS, "beyond": BEYOND}
+#: Where each table is made, if nothing is said.
+TABLE_REGIMES = dict.fromkeys(TABLES, ("pretrained-mixed",)) | {
+    "main": REGIMES,
+    "long": ("pretrained-mixed", "pretrained-accumulated"),
+}
 #: By dataset: what is asked of a checkpoint, by name.
 EVALUATIONS = {
     "mini": {"multimodal": ("data=mini",), "text": ("data=mini_text",)},
@@ -182,10 +210,8 @@ def measured(dataset: str, seeds: list[int], regime: str, rows: tuple[Row, ...])
     found = []
     for row in rows:
         places = [folder(dataset, seed) / regime / row.key for seed in seeds]
-        if row.shown and all(
-            (place / name / "metrics.json").is_file() for place in places for name in EVALUATIONS[dataset]
-        ):
-            found.append(Measured(row.name, row.key, tuple(places)))
+        if all((place / name / "metrics.json").is_file() for place in places for name in EVALUATIONS[dataset]):
+            found.append(Measured(row.name, row.key, tuple(places), row.against))
     return found
 
 
@@ -220,7 +246,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", choices=list(EVALUATIONS), default="mini")
     parser.add_argument("--table", choices=list(TABLES), default="main")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=REGIMES, help="regimes; by default all four, of other tables one")
+    parser.add_argument("--only", nargs="+", choices=REGIMES, help="regimes; by default those of the table")
     parser.add_argument("--jobs", type=int, choices=[1, 2], default=2, help="chains at a time, a core each")
     parser.add_argument("--emoji", help="folder of emoji and flags in M-BEIR's layout")
     parser.add_argument("--texts", help="text-to-text data beside it")
@@ -246,7 +272,7 @@ def main() -> None:
         stages = start_stages(args.dataset, seed, given)
         run_stages(stages if regime == "start" else chain(args.dataset, seed, regime, rows, given))
         return
-    known = REGIMES if args.table == "main" else ONE_REGIME
+    known = TABLE_REGIMES[args.table]
     regimes = args.only or known
     check_page(args.dataset, args.table)
     if not args.report:

@@ -41,11 +41,13 @@ class Measured:
         name: In the table.
         key: Its folder.
         places: Its run directory for each seed; the evaluations lie in ``multimodal`` and ``text`` below it.
+        against: Keys of the rows that it is compared with; the one above it if there are none.
     """
 
     name: str
     key: str
     places: tuple[Path, ...]
+    against: tuple[str, ...] = ()
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -116,12 +118,12 @@ def table(rows: Sequence[Measured]) -> str:
 
 
 def tests(rows: Sequence[Measured]) -> str:
-    """Each row against the one above it, and the hard stage against all before it."""
+    """Each row against those that it is to be compared with."""
     lines = ["| difference | " + " | ".join(name for name, _, _ in TESTED) + " |", "|---" * (len(TESTED) + 1) + "|"]
-    pairs = list(zip(rows[1:], rows[:-1], strict=True))
-    for key in ("random", "random-as-long", "random-long", "hard-top-k", "hard-c1"):
-        above = [(row, other) for row in rows for other in rows if row.key == "hard" and other.key == key]
-        pairs += [pair for pair in above if pair not in pairs]
+    pairs = []
+    for place, row in enumerate(rows):
+        others = [other for other in rows if other.key in row.against] or list(rows[max(0, place - 1) : place])
+        pairs += [(row, other) for other in others]
     for row, other in pairs:
         cells = []
         for _, evaluation, metric in TESTED:

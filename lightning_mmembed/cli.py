@@ -196,9 +196,10 @@ def _evaluate_run(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     from lightning_mmembed.data.manifest import left_out
     from lightning_mmembed.retrieval.results import RUN_DEPTH
     from lightning_mmembed.retrieval.runs import record
-    from lightning_mmembed.retrieval.trec import find_runs, read_run, score_run
+    from lightning_mmembed.retrieval.trec import find_runs, read_run, refuse_other_split, score_run
 
     files = find_runs(cfg.run, cfg.run_pool)
+    refuse_other_split(files, cfg.split)
     callbacks = _instantiate_all(cfg.callbacks)
     evaluation = next((c for c in callbacks if isinstance(c, RetrievalEvaluation)), None) or RetrievalEvaluation()
     apply_extras(cfg)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,10 +225,10 @@ def _scored_run(cfg: DictConfig, shards: Shards, key: str, split: str) -> Retrie
     """What ``run`` or ``val_run`` ranked."""
     from lightning_mmembed.data.manifest import left_out
     from lightning_mmembed.metrics import DEFAULT_METRICS
-    from lightning_mmembed.retrieval.trec import find_runs, read_run, score_run
+    from lightning_mmembed.retrieval.trec import find_runs, read_run, refuse_other_split, score_run
 
     files = find_runs(cfg[key], cfg.run_pool)
-    _refuse_other_split(f"{key}={str(cfg[key])!r}", chain(*files.values()), split)
+    refuse_other_split(files, split)
     lost = left_out(shards.manifest, split), left_out(shards.manifest)
     runs = {pool: read_run(*paths, left_out=lost) for pool, paths in files.items()}
     metrics = tuple(dict.fromkeys((*DEFAULT_METRICS, cfg.metric)))
@@ -240,20 +238,6 @@ def _scored_run(cfg: DictConfig, shards: Shards, key: str, split: str) -> Retrie
         if isinstance(error, UserInputError):
             raise
         raise UserInputError(f"metric={cfg.metric!r}: {error}") from error
-
-
-def _refuse_other_split(given: str, files: Iterable[Path], split: str) -> None:
-    """Refuse a run of another split, which the files beside it tell: ids of queries begin anew in each split."""
-    from lightning_mmembed.files import read_json
-
-    for directory in {folder for file in files for folder in file.resolve().parents[2:4]}:
-        metrics, reranking = (read_json(directory / name) or {} for name in ("metrics.json", "reranking.json"))
-        found = metrics.get("protocol", reranking).get("split", split)
-        if found != split:
-            raise UserInputError(
-                f"{given} is of the {found} split, as the files in {str(directory)!r} say; give a run of the {split} "
-                "split, or choose the other with split=..."
-            )
 
 
 def _tasks(

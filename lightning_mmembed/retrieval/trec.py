@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.files import read_json
 from lightning_mmembed.items import decode_id, encode_id
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.pool import Pool, QuerySet
@@ -275,3 +276,24 @@ def find_runs(run: str | Path, run_pool: str = "union") -> dict[str, list[Path]]
             "local/*.run; give one of these"
         )
     return found
+
+
+def refuse_other_split(files: Mapping[str, Sequence[Path]], split: str) -> None:
+    """Refuse an evaluation's run of another split; ids of queries begin anew in each, so that the lines do not tell.
+
+    Args:
+        files: What :func:`find_runs` found. A file that does not lie in a run directory is taken as it is.
+        split: The split that is asked for.
+
+    Raises:
+        UserInputError: If a run directory's ``metrics.json`` or ``reranking.json`` names another one.
+    """
+    lying = {folder for paths in files.values() for path in paths for folder in path.resolve().parents[2:4]}
+    for directory in sorted(lying):
+        metrics, reranking = (read_json(directory / name) or {} for name in ("metrics.json", "reranking.json"))
+        found = metrics.get("protocol", reranking).get("split", split)
+        if found != split:
+            raise UserInputError(
+                f"the run in {str(directory)!r} is of the {found} split, as the files there say; give a run of the "
+                f"{split} split, or choose the other with split=..."
+            )
