@@ -271,6 +271,17 @@ def validate(reranker: ZeroShotReranker, pieces: Pieces, held: Lists, rng: np.ra
             told.add(f"val {kind}{name}", first_share(margins(reranker, pieces, batch), batch))
 
 
+@torch.no_grad()
+def retriever_share(encoder: Encoder, shards: Shards, held: Lists, seed: int) -> float:
+    """The share of the lists of :func:`validate` from the top 10 whose positive the retriever itself puts first."""
+    rng, shares = np.random.default_rng(seed), []
+    for task in [task for task in held.tasks if kind_of(task) == "composed"] * 4:
+        batch = held.draw(rng, task, CANDIDATES - 1)
+        of = torch.stack([encoder.encode([shards.candidate(did) for did in dids]) for dids in batch.lists])
+        shares.append(first_share((encoder.encode(batch.queries).unsqueeze(1) * of).sum(-1), batch))
+    return float(np.mean(shares))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory of the retriever that is reranked")
@@ -293,6 +304,9 @@ def main() -> None:
     held = Lists(encoder, shards, "val", options.out)
     for task in lists.tasks:
         check(reranker, causal, pieces, shards, lists.draw(np.random.default_rng(options.seed), task, 0))
+    print(
+        f"the retriever itself: val composed in the top 10 {retriever_share(encoder, shards, held, options.seed):.1%}"
+    )
     train(reranker, pieces, lists, held, options.minutes, options.seed)
     reranker.model.save_pretrained(path)
     print(f"reranker: {path}")

@@ -150,9 +150,7 @@ def test_a_run_is_not_compared_with_an_evaluation_of_another_split(evaluated: Pa
         score(evaluated, tmp_path / "out", f"run={evaluated / 'run/runs'}", f"compare=[{val}]")
     assert not (tmp_path / "out" / "metrics.json").exists()
     assert "val split" in (val / "report.html").read_text()
-    with pytest.raises(
-        UserInputError, match=r"val' is of the val split, as the files there say"
-    ):
+    with pytest.raises(UserInputError, match=r"val' is of the val split, as the files there say"):
         score(evaluated, tmp_path / "out", f"run={val}")
 
 
