@@ -211,19 +211,21 @@ def check_page(dataset: str, name: str) -> None:
         raise SystemExit(f"{PAGE} has no lines {marks}; put them where the tables belong")
 
 
-def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]], n_seeds: int) -> None:
+def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]]) -> None:
     """Write the tables of what is finished into the page, between its marks, and for the main table the figures."""
     regimes = {regime: rows for regime, rows in regimes.items() if rows}
     if not regimes:
-        print("no row is finished with every seed: there is nothing to report")
+        print(f"{name}: no row is finished")
         return
-    seeds = "one seed" if n_seeds == 1 else f"{n_seeds} seeds: mean and 95 % interval over them"
     parts = [
-        f"In %; {seeds}. Differences: paired over the test queries (means over the seeds) with the 95 % bootstrap "
-        "interval, which knows nothing of the seeds; then that of each seed."
+        "In %; means, with the 95 % interval over the seeds where there are several. Differences: paired over the test "
+        "queries (means over the seeds) with the 95 % bootstrap interval, which knows nothing of the seeds; then that "
+        "of each seed."
     ]
     for regime, rows in regimes.items():
-        parts += [f"**{TITLES[regime]}**", table(rows)] + ([tests(rows)] if len(rows) > 1 else [])
+        seeds = len(rows[0].places)
+        title = f"{TITLES[regime]}: {seeds} seeds" if seeds > 1 else f"{TITLES[regime]}: one seed"
+        parts += [f"**{title}**", table(rows)] + ([tests(rows)] if len(rows) > 1 else [])
     if name == "main":
         stem = f"evidence-{dataset}"
         draw_bars(regimes, "modality@1", DOCS / f"{stem}-modality.svg")
@@ -233,7 +235,7 @@ def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]], n
         draw_matrices(shown, pool_modalities(dataset), DOCS / f"{stem}-matrix.svg")
         parts += [f"![wanted and first modality]({stem}-matrix.svg)"]
     put(PAGE, f"{dataset} {name}", "\n\n".join(parts))
-    print(f"written: {PAGE}")
+    print(f"{name}: written into {PAGE}")
 
 
 def put(page: Path, mark: str, content: str) -> None:
