@@ -23,3 +23,14 @@ class RunStoppedError(RuntimeError):
     The message says what happened where, what was kept and what to do.
     The command-line programs print it alone, without a traceback, and exit with status 1.
     """
+
+
+def refuse_below_one(**settings: int | None) -> None:
+    """Raise a :class:`UserInputError` that names the first setting below 1; ``None`` stands for no limit, and is fine.
+
+    Example:
+        >>> refuse_below_one(batch_size=8, tokens_per_batch=None)
+    """
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise UserInputError(f"{name}={value} is too small; it must be at least 1")

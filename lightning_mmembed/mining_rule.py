@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.errors import UserInputError, refuse_below_one
 
 if TYPE_CHECKING:
     from lightning_mmembed.mining import Rankings
@@ -87,8 +87,7 @@ class MiningRule:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise UserInputError(f"rule={self.rule!r} is unknown; write one of {', '.join(RULES)}")
-        if self.k < 1:
-            raise UserInputError(f"k={self.k} is too small; a ranking has 1 candidate or more")
+        refuse_below_one(k=self.k, num_negatives=self.num_negatives)
         if WRONG_CONTENT in RULES[self.rule]:
             check_band(self.k, self.k_prime)
         if self.sampling_strategy not in STRATEGIES:
@@ -97,8 +96,6 @@ class MiningRule:
             )
         if self.sampling_strategy == "random" and self.num_negatives is None:
             raise UserInputError("sampling_strategy='random' keeps all without num_negatives; say how many to keep")
-        if self.num_negatives is not None and self.num_negatives < 1:
-            raise UserInputError(f"num_negatives={self.num_negatives} must be 1 or more, or null for all")
         if not 0 <= self.seed < 2**64:
             raise UserInputError(f"seed={self.seed} must be from 0 to 2**64 - 1")
         self._check_window()

@@ -24,7 +24,7 @@ from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.encoders.lockstep import idle_pass
 from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.encoders.sharding import is_sharded, shard
-from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.errors import UserInputError, refuse_below_one
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.gradcache import GradCache, seeded
 from lightning_mmembed.loss_modules import check_widths
@@ -78,8 +78,7 @@ class RetrievalModule(LightningModule):
         mini_batch_num_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
-            raise UserInputError(f"mini_batch_num_tokens={mini_batch_num_tokens} must be 1 or more, or null for none")
+        refuse_below_one(mini_batch_num_tokens=mini_batch_num_tokens)
         self.encoder = encoder.train()  # transformers loads models in evaluation mode
         self.loss = loss
         self.optimizer = optimizer

@@ -204,7 +204,7 @@ def test_validation_is_that_of_a_module_without_it(tiny_shards: Path, tiny_check
 
 
 def test_a_budget_of_no_tokens_is_refused(tiny_checkpoint: Path) -> None:
-    with pytest.raises(UserInputError, match="mini_batch_num_tokens=0 must be 1 or more, or null for none"):
+    with pytest.raises(UserInputError, match="mini_batch_num_tokens=0 is too small"):
         with_sgd(build_encoder(tiny_checkpoint), 0)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_mmembed.encoders.families import Family, Picture
 from lightning_mmembed.encoders.prompts import Entry, PromptTokenizer, Tokens, item_of
-from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.errors import UserInputError, refuse_below_one
 from lightning_mmembed.items import Item, Query
 
 PADDING_SIDES = ("right", "left")
@@ -252,9 +252,7 @@ def passes(lengths: Sequence[int] | np.ndarray, tokens: int, rows: int | None = 
         >>> passes([3, 3, 4, 9, 20], 12)
         [range(0, 3), range(3, 4), range(4, 5)]
     """
-    for name, value in (("tokens_per_batch", tokens), ("batch_size", rows)):
-        if value is not None and value < 1:
-            raise UserInputError(f"{name}={value} is too small; it must be at least 1")
+    refuse_below_one(tokens_per_batch=tokens, batch_size=rows)
     runs, start = [], 0
     for stop in range(1, len(lengths) + 1):
         if stop == len(lengths) or stop - start == rows or _ends(lengths, start, stop, tokens):

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from lightning_mmembed.encoders.base import CPU_TOKENS, TOKENS
 from lightning_mmembed.encoders.families import Family
 from lightning_mmembed.encoders.loading import check_dtype, load_config, load_tokenizer, reading
-from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.errors import UserInputError, refuse_below_one
 from lightning_mmembed.files import fingerprint
 from lightning_mmembed.items import TASK_MODALITIES, Candidate, Item, Modality, Query, Task
 from lightning_mmembed.rerank.inputs import PairProcessor, Pairs, Row, cheapest_passes, label_ids
@@ -61,7 +61,7 @@ class ZeroShotReranker:
         labels: Sequence[str] = LABELS,
         tokens_per_batch: int | None = None,
     ) -> None:
-        _check_tokens(tokens_per_batch)
+        refuse_below_one(tokens_per_batch=tokens_per_batch)
         self.model, self.processor, self.labels = model.eval(), processor, tuple(labels)
         self.label_ids = label_ids(processor.tokenizer, processor.writer.frame, labels)
         self._tokens_per_batch = tokens_per_batch
@@ -289,7 +289,7 @@ def read_processor(
     """
     path, wordings = str(pretrained_model_name_or_path), Prompts(prompts)
     check_dtype(dtype)
-    _check_tokens(tokens_per_batch)
+    refuse_below_one(tokens_per_batch=tokens_per_batch)
     with reading(path):
         config, family, writer, tokenizer = _read_writer(path, wordings)
         label_ids(tokenizer, writer.frame, labels)
@@ -319,11 +319,6 @@ def example_prompt(path: str | Path, prompts: Mapping[str, str], task: str) -> s
     asked, wanted = TASK_MODALITIES[parsed.task_id]
     query = Query(example(asked, "text of the query"), "[instruction]", task=parsed)
     return "".join(writer(query, example(wanted, "text of the candidate"), wording))
-
-
-def _check_tokens(tokens_per_batch: int | None) -> None:
-    if tokens_per_batch is not None and tokens_per_batch < 1:
-        raise UserInputError(f"tokens_per_batch={tokens_per_batch} is too small; it must be at least 1")
 
 
 def _settings(config: Any) -> Any:

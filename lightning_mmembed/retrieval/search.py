@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mmembed.errors import UserInputError
+from lightning_mmembed.errors import UserInputError, refuse_below_one
 from lightning_mmembed.retrieval.scan import Best, ExactBest, Scan, TorchScan, scan_exactly
 from lightning_mmembed.retrieval.scores import (
     canonical_scores,
@@ -77,10 +77,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise UserInputError(f"backend={self.backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-        for name in ("query_block", "pool_block", "nlist", "nprobe"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserInputError(f"{name}={value} is too small; it must be at least 1")
+        refuse_below_one(query_block=self.query_block, pool_block=self.pool_block, nlist=self.nlist, nprobe=self.nprobe)
 
     def on(self, device: torch.device) -> SearchSettings:
         """The same, on a device unless one was set."""
