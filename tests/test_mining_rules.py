@@ -290,7 +290,7 @@ def test_the_audit_of_nothing_is_made_of_zeros() -> None:
         ({"rule": "window", "range_min": 9, "range_max": 9}, r"range_min < range_max <= k=50"),
         ({"rule": "window", "range_max": 51}, r"range_min < range_max <= k=50"),
         ({"max_score": float("nan")}, r"max_score=nan must be a finite number"),
-        ({"num_negatives": 0}, r"num_negatives=0 must be 1 or more"),
+        ({"num_negatives": 0}, r"num_negatives=0 is too small; it must be at least 1"),
         ({"sampling_strategy": "best", "num_negatives": 1}, r"sampling_strategy='best' is unknown"),
         ({"sampling_strategy": "random"}, r"without num_negatives"),
         ({"seed": -1}, r"seed=-1 must be"),
