@@ -22,7 +22,17 @@ import time
 from pathlib import Path
 
 from benchmarks.evidence_report import Measured, check_page, report
-from benchmarks.evidence_rows import BATCHES, EPOCHS, EVALUATIONS, FROM_RANDOM, REGIMES, TABLE_REGIMES, TABLES, Row
+from benchmarks.evidence_rows import (
+    BATCHES,
+    EVALUATIONS,
+    FROM_RANDOM,
+    LENGTHS,
+    LONGER,
+    REGIMES,
+    TABLE_REGIMES,
+    TABLES,
+    Row,
+)
 from lightning_mmembed.stages import Stage, evaluation, run_stages
 
 ROOT = Path("logs/evidence")
@@ -53,10 +63,8 @@ def chain(dataset: str, seed: int, regime: str, rows: tuple[Row, ...], given: tu
     common += FROM_RANDOM if start == "random" else ()
     stages = start_stages(dataset, seed, given)
     for row in rows:
-        own = list(row.overrides)
-        for name, epochs in EPOCHS[dataset].items():
-            own = [override.replace(f"{{{name}}}", str(epochs)) for override in own]
-        overrides = (f"experiment=mm_embed/{dataset}/{row.experiment or 'random'}", *own, *common)
+        own = [LONGER[dataset].get(override.strip("{}"), override) for override in row.overrides]
+        overrides = (f"experiment=mm_embed/{dataset}/{row.experiment or 'random'}", *LENGTHS[dataset], *own, *common)
         stage = Stage(row.key, place / regime / row.key, overrides + (() if row.experiment else ("train=false",)))
         if row.experiment:
             stages.append(stage)
@@ -64,11 +72,9 @@ def chain(dataset: str, seed: int, regime: str, rows: tuple[Row, ...], given: tu
     return stages
 
 
-def rows_of(tables: list[str], dataset: str, regime: str) -> tuple[Row, ...]:
+def rows_of(tables: list[str], regime: str) -> tuple[Row, ...]:
     """The rows of some tables in a regime, each once."""
     rows = {row.key: row for table in tables if regime in TABLE_REGIMES[table] for row in TABLES[table]}
-    if "as_long" not in EPOCHS[dataset]:
-        rows.pop("random-as-long", None)
     return tuple(rows.values())
 
 
@@ -142,10 +148,10 @@ def main() -> None:
         if regime == "start":
             run_stages(start_stages(args.dataset, seed, given))
         else:
-            rows = rows_of(args.table, args.dataset, regime)
+            rows = rows_of(args.table, regime)
             run_stages(chain(args.dataset, seed, regime, rows, given))
         return
-    regimes = [regime for regime in args.only or REGIMES if rows_of(args.table, args.dataset, regime)]
+    regimes = [regime for regime in args.only or REGIMES if rows_of(args.table, regime)]
     for table in args.table:
         check_page(args.dataset, table)
     if not args.report:
@@ -161,7 +167,7 @@ def main() -> None:
             raise SystemExit(f"failed: {', '.join(failed)}; see {ROOT}/*.log; the same command goes on")
     for table in args.table:
         found = {
-            regime: measured(args.dataset, args.seeds, regime, rows_of([table], args.dataset, regime))
+            regime: measured(args.dataset, args.seeds, regime, rows_of([table], regime))
             for regime in TABLE_REGIMES[table]
         }
         report(args.dataset, table, found)
