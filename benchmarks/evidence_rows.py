@@ -70,6 +70,8 @@ LONG = (
         LONG_HARD,
         ("long-random", "long-random-as-long", "long-top-k", "long-c1"),
     ),
+    Row("continual, 2 epochs", "long-continual", "continual", ("weights={long-hard}/checkpoints/best.ckpt",)),
+    Row("joint, 8 epochs", "long-joint", "joint", ("trainer.max_epochs=8", MINED_LONG)),
 )
 VERSIONS = (
     RANDOM,
