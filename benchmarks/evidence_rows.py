@@ -70,7 +70,20 @@ LONG = (
         LONG_HARD,
         ("long-random", "long-random-as-long", "long-top-k", "long-c1"),
     ),
-    Row("continual, 2 epochs", "long-continual", "continual", ("weights={long-hard}/checkpoints/best.ckpt",)),
+    Row(
+        "hard (C1 share from 1 to 0.5), 6 epochs",
+        "long-curriculum",
+        "hard",
+        (*LONG_HARD, "mining=curriculum"),
+        ("long-random-as-long", "long-top-k", "long-hard"),
+    ),
+    Row(
+        "continual, 2 epochs",
+        "long-continual",
+        "continual",
+        ("weights={long-hard}/checkpoints/best.ckpt",),
+        ("long-hard",),
+    ),
     Row("joint, 8 epochs", "long-joint", "joint", ("trainer.max_epochs=8", MINED_LONG)),
 )
 VERSIONS = (
