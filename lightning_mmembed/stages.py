@@ -54,7 +54,7 @@ _SHOWN = 5  # of what has changed
 #: Overrides of a recipe, which its stages have values of their own for.
 _OF_RECIPE = ("experiment=", "stages", "evaluations", "hydra.run.dir=", "ckpt_path=", "test=", "stage.")
 #: Keys and groups of a training, which an evaluation has not.
-_OF_TRAINING = ("train=", "save_encoder=", "mining=", "hparams_search=", "optimized_metric=")
+_OF_TRAINING = ("train=", "save_encoder=", "mining=", "optimized_metric=")
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 

@@ -70,7 +70,9 @@ def test_the_trainers_of_gpus_take_a_number_of_nodes(name: str, tmp_path: Path) 
     assert (trainer.num_nodes, trainer.world_size) == (2, 8)
 
 
-@pytest.mark.parametrize("overrides", [["trainer=slurm"], ["trainer=fsdp2", "hydra/launcher=slurm"]])
+@pytest.mark.parametrize(
+    "overrides", [["trainer=slurm"], *([f"trainer={name}", "hydra/launcher=slurm"] for name in ("fsdp2", "gpu"))]
+)
 def test_a_job_has_as_many_nodes_gpus_and_processes_as_the_trainer(overrides: list[str], tmp_path: Path) -> None:
     config = composed(tmp_path, *overrides, "trainer.num_nodes=3", "trainer.devices=4", "hydra.launcher.partition=long")
     launcher = config.hydra.launcher
