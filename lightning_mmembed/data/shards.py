@@ -189,7 +189,7 @@ class Shards:
         return {self.pool_fingerprint(name)}
 
     def pool(self, name: str) -> Pool:
-        """A pool in canonical order: ``train``, ``val``, ``test``, each a union; or a local one: ``mscoco_task0/val``."""
+        """A pool in canonical order: ``train``, ``val``, ``test``, or a local one: ``mscoco_task0/val``."""
         pools = self._index["pools"].take(self.candidate_rows).combine_chunks()
         member = np.zeros(len(self.candidate_rows), dtype=bool)
         local: dict[str, np.ndarray] = {}
