@@ -329,7 +329,11 @@ def run_recipe(cfg: DictConfig, given: Sequence[str]) -> None:
 def _optimized(cfg: DictConfig) -> float | None:
     """Train, and return the metric that a sweep optimises."""
     if cfg.stages:
-        run_recipe(cfg, HydraConfig.get().overrides.task)
+        hydra_cfg = HydraConfig.get()
+        # Folders of the user's own configurations, of --config-dir too: the stages are to find them.
+        sources = hydra_cfg.runtime.config_sources
+        own = [f"'{one.schema}://{one.path}'" for one in sources if "command-line" in one.provider]
+        run_recipe(cfg, [*([f"hydra.searchpath=[{','.join(own)}]"] if own else []), *hydra_cfg.overrides.task])
         return None
     metrics, _ = train(cfg)
     name = cfg.optimized_metric

@@ -7,20 +7,15 @@ directory.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +24,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from lightning_mmembed.errors import TRY_AGAIN, UserInputError
+from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import file_sha256, fingerprint, read_json, write_atomically
+from lightning_mmembed.programs import run_program
+from lightning_mmembed.retrieval.table import MISSING
 
 STAGE_FILE = "stage.json"
 #: What may come out of a stage, in its run directory.
@@ -54,8 +51,7 @@ _SHOWN = 5  # of what has changed
 #: Overrides of a recipe, which its stages have values of their own for.
 _OF_RECIPE = ("experiment=", "stages", "evaluations", "hydra.run.dir=", "ckpt_path=", "test=", "stage.")
 #: Keys and groups of a training, which an evaluation has not.
-_OF_TRAINING = ("train=", "save_encoder=", "mining=", "optimized_metric=")
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+_OF_TRAINING = ("train=", "save_encoder=", "mining=", "optimized_metric=", "debug=")
 
 
 @dataclass(frozen=True)
@@ -85,13 +81,16 @@ def stages_of(cfg: DictConfig, directory: str | Path, given: Sequence[str]) -> l
             stage, ``+stage.<name>.<override>``, which that stage and its evaluations get, after all others.
 
     Raises:
-        UserInputError: If an override is of a stage that there is not.
+        UserInputError: If an override is of a stage that there is not, or of no key.
     """
     recipe = OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["stages", "evaluations"]), resolve=False)
     assert isinstance(recipe, dict)
     of_all = [override for override in given if not override.lstrip("+~").startswith(_OF_RECIPE)]
     of_one = [override.lstrip("+").split(".", 2)[1:] for override in given if override.lstrip("+").startswith("stage.")]
-    for name, override in of_one:
+    for name, *others in of_one:
+        if not others:
+            raise UserInputError(f"+stage.{name}: write what it is to have, such as +stage.random.data.batch_size=64")
+        override = others[0]
         if name not in recipe["stages"]:
             names = ", ".join(recipe["stages"])
             raise UserInputError(f"+stage.{name}.{override}: the recipe has no stage {name!r}; write one of {names}")
@@ -108,7 +107,8 @@ def evaluation(stage: Stage, name: str, overrides: Sequence[str]) -> Stage:
     kept = [override for override in stage.overrides if not override.startswith(_OF_TRAINING)]
     trained = [] if "train=false" in stage.overrides else [f"ckpt_path={_reference(stage)}/checkpoints/best.ckpt"]
     # An evaluation has not all that a training has: what it lacks is added, and not looked at.
-    known = [f"++{one}" if re.match(r"(?!hydra)\w+\.", one) else one for one in (*kept, *overrides)]
+    known = [re.sub(r"^~(callbacks\.\w+)(=.*)?$", r"\1=null", one) for one in (*kept, *overrides)]
+    known = [f"++{one}" if re.match(r"(?!hydra)\w+\.|weights=", one) else one for one in known]
     return Stage(f"{stage.name}/{name}", stage.directory / name, (*known, *trained), "evaluate")
 
 
@@ -128,6 +128,13 @@ def run_stages(stages: Sequence[Stage]) -> None:
             "one, as the heads of their files in conf/experiment say, or start the recipe without torchrun and srun"
         )
     composed = {stage.name: _composed(stage, stages) for stage in stages}
+    as_run = {stage.name: _composed(stage, stages, elsewhere=False) for stage in stages}
+    for stage in stages:
+        if OmegaConf.select(as_run[stage.name], "trainer.strategy.save_distributed_checkpoint"):
+            raise UserInputError(
+                "trainer.strategy.save_distributed_checkpoint=true writes folders, from which only a fit can be "
+                "resumed; the stages of a recipe start from one file: leave it false"
+            )
     for number, stage in enumerate(stages, 1):
         title = f"stage {number} of {len(stages)}, {stage.name}"
         settings = _important(composed[stage.name])
@@ -136,7 +143,7 @@ def run_stages(stages: Sequence[Stage]) -> None:
             print(f"{title}: is finished, in {stage.directory}", flush=True)
             continue
         _make_room(stage, title, settings)
-        note = {"finished": False, "settings": settings, "starts": _starts(composed[stage.name]), "outputs": {}}
+        note = {"finished": False, "settings": settings, "starts": _starts(as_run[stage.name]), "outputs": {}}
         write_atomically(stage.directory / STAGE_FILE, json.dumps(note, indent=1))
         _run(stage, title, stages)
         if stage.program == "train" and not _outputs(stage.directory):
@@ -144,7 +151,7 @@ def run_stages(stages: Sequence[Stage]) -> None:
                 f"{title}: no checkpoints/best.ckpt was written: no validation took place in as many steps; raise "
                 "trainer.max_epochs or trainer.max_steps, or lower trainer.val_check_interval"
             )
-        note |= {"finished": True, "starts": _starts(composed[stage.name]), "outputs": _outputs(stage.directory)}
+        note |= {"finished": True, "starts": _starts(as_run[stage.name]), "outputs": _outputs(stage.directory)}
         write_atomically(stage.directory / STAGE_FILE, json.dumps(note, indent=1))
 
 
@@ -200,56 +207,6 @@ def _run(stage: Stage, title: str, stages: Sequence[Stage]) -> None:
         raise SystemExit(status)
 
 
-def run_program(program: str, arguments: Sequence[str]) -> int:
-    """Run one of the console scripts, and give its exit status; it ends when this process does.
-
-    Args:
-        program: ``"train"`` or ``"evaluate"``.
-        arguments: Its overrides.
-
-    Returns:
-        Its status, as a shell gives it; never 0 where SIGTERM has asked both to end.
-
-    Raises:
-        UserInputError: If the script is not installed.
-    """
-    command = [sys.executable, str(_script(f"mmembed-{program}")), *arguments]
-    child = subprocess.Popen(command, preexec_fn=_end_with_parent)
-    asked = threading.Event()
-
-    def end(*_: object) -> None:
-        asked.set()
-        child.terminate()  # it saves, and ends with a status of its own
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        status = child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        child.kill()
-        child.wait()
-    if asked.is_set() and status == 0:
-        return TRY_AGAIN  # it was at its end, or took no notice: nothing is begun after it
-    return status if status >= 0 else 128 - status
-
-
-def _script(name: str) -> Path:
-    """A console script of the package, where its installer put it: it need not be beside the interpreter."""
-    files = (file for one in distributions(name="lightning-mmembed") for file in one.files or ())
-    for place in (Path(str(file.locate())) for file in files if file.name == name):
-        if place.is_file():
-            return place
-    raise UserInputError(
-        f"{name}, with which stages are run, is not installed; install the package with pip, a checkout with "
-        "pip install -e ."
-    )
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 def _reference(stage: Stage) -> str:
     return f"{{{stage.name}}}"
 
@@ -281,10 +238,18 @@ def _written(stage: Stage, stages: Sequence[Stage], place: Callable[[Stage], str
     return written
 
 
-def _composed(stage: Stage, stages: Sequence[Stage]) -> DictConfig:
-    """A stage's configuration, in which other stages are known by their names."""
+def _composed(stage: Stage, stages: Sequence[Stage], elsewhere: bool = True) -> DictConfig:
+    """A stage's configuration, in which other stages are known by their names.
+
+    Args:
+        stage: The stage.
+        stages: All of them.
+        elsewhere: The same from every working directory and root, to be compared; otherwise as it is run.
+    """
     overrides = _written(stage, stages, lambda other: f"<{other.name}>")
-    overrides += ["paths.root_dir=.", "paths.output_dir=."]  # the same from every working directory
+    root = ["paths.root_dir=."]  # an override that comes later is the one that holds
+    overrides = [*overrides, *root] if elsewhere else [*root, *overrides]
+    overrides.append("paths.output_dir=.")
     if GlobalHydra.instance().is_initialized():
         return compose(stage.program, overrides)
     with initialize_config_module("lightning_mmembed.conf", version_base="1.3"):
@@ -339,7 +304,9 @@ def results_table(stages: Sequence[Stage]) -> Table:
         metrics = read_json(stage.directory / "metrics.json")
         if stage.program != "evaluate" or metrics is None:
             continue
-        values = (metrics[pool]["average"][name.rpartition(" ")[2]] for name, pool in columns.items())
+        averages = {pool: metrics.get(pool, {}).get("average", {}) for pool in columns.values()}
+        values = [averages[pool].get(name.rpartition(" ")[2]) for name, pool in columns.items()]
+        cells = (MISSING if value is None else f"{100 * value:.1f}" for value in values)
         name, _, title = stage.name.rpartition("/")
-        table.add_row(name, title, str(metrics["protocol"]["queries"]), *(f"{100 * value:.1f}" for value in values))
+        table.add_row(name, title, str(metrics["protocol"]["queries"]), *cells)
     return table

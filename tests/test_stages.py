@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lightning_mmembed.data import Shards
 from lightning_mmembed.data.batches import TrainingBatches
 from lightning_mmembed.errors import TRY_AGAIN, UserInputError
 from lightning_mmembed.files import file_sha256
+from lightning_mmembed.programs import run_program
 from lightning_mmembed.stages import (
     STAGE_FILE,
     UNIMPORTANT,
@@ -38,7 +40,7 @@ from lightning_mmembed.stages import (
     _starts,
     _written,
     is_finished,
-    run_program,
+    results_table,
     run_stages,
     stages_of,
 )
@@ -111,12 +113,54 @@ def test_an_override_of_a_stage_is_of_that_stage_and_its_evaluations_alone_and_g
         assert cfg.trainer.accelerator == ("cpu" if stage == "hard" else "gpu"), name
         assert cfg.data.upsample == ({"webqa": 2} if stage == "hard" else None), name
         assert ("tiny" in cfg.model.encoder._target_) == (stage != "joint"), name
-        assert "report" not in cfg.callbacks, name
+        assert not cfg.callbacks.get("report"), name
 
 
 def test_an_override_of_a_stage_that_there_is_not_names_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="no stage 'continued'; write one of random, hard, continual, joint"):
         recipe("", tmp_path, "+stage.continued.seed=1")
+
+
+def test_an_override_of_a_stage_without_a_key_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match=r"\+stage.joint=null: write what it is to have"):
+        recipe("", tmp_path, "+stage.joint=null")
+
+
+def test_what_only_training_has_is_no_hindrance_to_the_evaluations(tmp_path: Path) -> None:
+    given = ["+stage.random.weights=/x.ckpt", "debug=default", "~callbacks.watchdog", "~callbacks.report"]
+    stages = recipe("", tmp_path, *given)
+    for stage in stages:
+        cfg = _composed(stage, stages)
+        assert not cfg.callbacks.get("watchdog"), stage.name
+        assert not cfg.callbacks.get("report"), stage.name
+        if stage.program == "train":
+            assert cfg.trainer.limit_train_batches == 3
+            assert cfg.weights == ({"random": "/x.ckpt"}.get(stage.name, cfg.weights))
+
+
+def test_a_recipe_of_one_s_own_reaches_its_stages_from_a_folder_of_one_s_own(tmp_path: Path) -> None:
+    own = tmp_path / "my conf" / "experiment" / "mine"
+    own.mkdir(parents=True)
+    (own / "one.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: llava_next\n"
+        "model:\n  encoder:\n    pretrained_model_name_or_path: /absent\n"
+    )
+    (own / "all.yaml").write_text("# @package _global_\nstages:\n  one: [experiment=mine/one, data=mini]\n")
+    program = Path(sysconfig.get_path("scripts")) / "mmembed-train"
+    for given in (["--config-dir", str(tmp_path / "my conf")], [f"hydra.searchpath=['file://{tmp_path}/my conf']"]):
+        command = [sys.executable, str(program), *given, "experiment=mine/all", "data.source=/no/where"]
+        done = subprocess.run(
+            [*command, f"hydra.run.dir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Could not find" not in done.stderr
+        assert "stage 1 of 1, one: ended with status 2" in done.stderr
+
+
+def test_a_recipe_of_sharded_checkpoints_is_refused_before_its_first_stage(tmp_path: Path) -> None:
+    given = ["trainer=fsdp2", "trainer.strategy.save_distributed_checkpoint=true"]
+    with pytest.raises(UserInputError, match="the stages of a recipe start from one file"):
+        run_stages(recipe("mini/", tmp_path, *given))
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("all.yaml")), ids=lambda path: path.parent.name)
@@ -179,13 +223,23 @@ def installed(directory: Path, monkeypatch: pytest.MonkeyPatch, **programs: str)
     monkeypatch.syspath_prepend(str(record.parents[1]))
 
 
-def test_nothing_is_begun_after_a_stage_that_ends_well_although_it_was_asked_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_what_asks_a_recipe_to_end_reaches_its_stage_and_nothing_is_begun_after_it_though_it_ends_well(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", "os.kill(os.getppid(), signal.SIGTERM)")
+    lines = (f"signal.signal(signal.{name}, lambda *_: sys.exit(0))", f"os.kill(os.getppid(), signal.{name})")
     program = "\n".join(["import os, signal, sys", *lines, "signal.pause()"])
     installed(tmp_path, monkeypatch, evaluate=program)
     assert run_program("evaluate", []) == TRY_AGAIN
+
+
+def test_a_stage_that_the_terminal_interrupts_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "saved"
+    lines = ("os.kill(os.getppid(), signal.SIGINT)", "time.sleep(1)", f"pathlib.Path({str(saved)!r}).touch()")
+    program = "\n".join(["import os, pathlib, signal, time", *lines])
+    installed(tmp_path, monkeypatch, evaluate=program)
+    assert run_program("evaluate", []) == TRY_AGAIN
+    assert saved.exists()
 
 
 def test_a_program_is_found_where_it_was_installed_and_its_lack_is_told(
@@ -354,6 +408,26 @@ def test_training_data_that_changed_is_noticed_wherever_a_configuration_names_it
         path.write_text(before[0])
         os.utime(path, ns=(before[1], before[1]))
         assert is_finished(tmp_path, {}), path
+
+
+@pytest.mark.parametrize("place", ["paths.root_dir={0}", "paths.data_dir={0}/data"])
+def test_data_of_another_root_is_noticed(place: str, tmp_path: Path) -> None:
+    shards = shards_written(tmp_path / "data", "before")
+    given = ("experiment=mm_embed/mini/random", "model.encoder.pretrained_model_name_or_path=x")
+    given += (place.format(tmp_path), "data.shards=${paths.data_dir}")
+    stage = Stage("random", tmp_path / "random", given)
+    assert _starts(_composed(stage, [stage], elsewhere=False)) == {shards: "before"}
+    elsewhere = replace(stage, overrides=(*given, "paths.root_dir=/other"))
+    assert _important(_composed(stage, [stage])) == _important(_composed(elsewhere, [stage]))
+
+
+def test_a_table_of_results_leaves_open_what_was_not_measured(tmp_path: Path) -> None:
+    stage = Stage("random/mini", tmp_path / "random" / "mini", (), "evaluate")
+    stage.directory.mkdir(parents=True)
+    metrics = {"protocol": {"queries": 5}, "union": {"average": {"hit@5": 0.5}}}
+    (stage.directory / "metrics.json").write_text(json.dumps(metrics))
+    columns = [list(column.cells) for column in results_table([stage]).columns]
+    assert columns == [["random"], ["mini"], ["5"], ["50.0"], *[["\N{EN DASH}"]] * 3]
 
 
 def test_a_start_is_pretrained_without_instructions(tiny_shards: Path) -> None:
