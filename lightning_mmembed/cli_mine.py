@@ -16,7 +16,6 @@ from lightning_mmembed.errors import UserInputError
 if TYPE_CHECKING:
     from lightning_mmembed.encoders.base import Encoder
     from lightning_mmembed.mining_rule import MiningRule
-    from lightning_mmembed.retrieval.embed import VectorStore
     from lightning_mmembed.retrieval.pool import Pool, QuerySet
 
 #: Arguments of the command line that are taken as they are written.
@@ -39,6 +38,8 @@ def mine(cfg: DictConfig) -> Path:
     """
     from rich.console import Console
 
+    from lightning_mmembed.retrieval.embed import encoder_fingerprint
+    from lightning_mmembed.retrieval.mine import mine_into
     from lightning_mmembed.retrieval.mining_views import audit_table
 
     rule = hydra.utils.instantiate(cfg.mining, _convert_="all")
@@ -51,9 +52,10 @@ def mine(cfg: DictConfig) -> Path:
     pool = datamodule.shards.pool(cfg.pool)
     query_sets = datamodule.shards.query_sets("train", cfg.instruction, cfg.instruction_seed)
     encoder = load_encoder(cfg.model.encoder, cfg.ckpt_path).to(fabric.device)
-    check = None if cfg.check is None else _second_encoder(cfg.check).to(fabric.device)
+    other = None if cfg.check is None else _second_encoder(cfg.check).to(fabric.device)
+    check = None if other is None else (other, encoder_fingerprint(other))
     path = Path(store.processes.broadcast(str(cfg.out)))  # others may have made up one, such as by the time
-    audit = _mined(path, encoder, check, pool, query_sets, store, rule)
+    audit = mine_into(path, encoder, pool, query_sets, store, encoder_fingerprint(encoder), rule, check)
     if fabric.is_global_zero:
         Console().print(audit_table(audit))
         if cfg.page is not None:
@@ -86,32 +88,6 @@ def _second_encoder(path: str) -> Encoder:
         is_dual = load_config(path).model_type in MODEL_TYPES
     encoder: Encoder = (DualEncoder if is_dual else MLLMEncoder).from_pretrained(path)
     return encoder.eval()
-
-
-def _mined(
-    path: Path,
-    encoder: Encoder,
-    check: Encoder | None,
-    pool: Pool,
-    query_sets: list[QuerySet],
-    store: VectorStore,
-    rule: MiningRule,
-) -> dict[str, Any]:
-    """Mine, unless the file was mined with just the same; returns the audit."""
-    from lightning_mmembed.data.negatives import audit_of, write_negatives
-    from lightning_mmembed.retrieval.embed import encoder_fingerprint
-    from lightning_mmembed.retrieval.mine import mine_negatives, mining_facts
-
-    made_by, other = encoder_fingerprint(encoder), None if check is None else (check, encoder_fingerprint(check))
-    facts = mining_facts(store, pool, query_sets, made_by, rule, None if other is None else other[1])
-    is_first = store.processes.rank == 0
-    audit: dict[str, Any] | None = store.processes.broadcast(audit_of(path, facts) if is_first else None)
-    if audit is None:
-        columns, audit = mine_negatives(encoder, pool, query_sets, store, made_by, rule, check=other)
-        if is_first:
-            write_negatives(path, columns, facts, audit)
-        store.processes.barrier()
-    return audit
 
 
 def _write_page(cfg: DictConfig, path: Path, audit: dict[str, Any], pool: Pool, query_sets: list[QuerySet]) -> Path:

@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_mmembed.cli import CONFIG_PATH, apply_extras, record_config, run_command
+from lightning_mmembed.cli_files import check_place
 from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.errors import UserInputError
 
@@ -43,7 +44,7 @@ def rerank(cfg: DictConfig) -> Reranked | None:
         UserInputError: If the run does not fit the split, a task is unknown or has no prompt, the model cannot rerank,
             or an argument cannot be used.
     """
-    from lightning_mmembed.rerank.pipeline import pools_of
+    from lightning_mmembed.rerank.pipeline import Budget, pools_of
 
     if (cfg.run is None) == (cfg.negatives is None):
         raise UserInputError("give run=<TREC run or run directory>, or else negatives=<file of mined negatives>")
@@ -52,6 +53,9 @@ def rerank(cfg: DictConfig) -> Reranked | None:
             f"negatives={cfg.negatives!r} are scored for soft_labels=<Parquet file>, with tasks=<a list> or all; given "
             f"are soft_labels={cfg.soft_labels!r} and tasks={cfg.tasks!r}"
         )
+    for name in ("depth", "weight", "top"):
+        if cfg.negatives is not None and cfg[name] != getattr(Budget, name):
+            raise UserInputError(f"{name}={cfg[name]} is of a ranking; negatives={cfg.negatives!r} are scored whole")
     check_settings(cfg, cfg.split)
     if cfg.tasks == "auto" and cfg.val_run is None:
         raise UserInputError("tasks=auto needs val_run=<a run over the validation split>, to choose them by")
@@ -178,6 +182,9 @@ def check_settings(settings: DictConfig, split: str) -> None:
         UserInputError: If there is one.
     """
     _budget(settings)
+    check_place("scores_dir", settings.scores_dir, is_folder=True)
+    if settings.soft_labels is not None:
+        check_place("soft_labels", settings.soft_labels, is_folder=False)
     if not (settings.tasks in (None, "auto") or (isinstance(settings.tasks, ListConfig) and settings.tasks)):
         raise UserInputError(f"tasks={settings.tasks!r} is unknown; write a list such as [cirr_task7], auto, or null")
     asked = settings.val_queries

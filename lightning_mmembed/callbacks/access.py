@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from filelock import FileLock, Timeout
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mmembed.data.datamodule import MBEIRDataModule
 from lightning_mmembed.distributed import Processes
@@ -41,6 +42,53 @@ def output_directory(trainer: Trainer, dirpath: str | Path | None) -> Path:
     It is the first process's: the others may have made up one of their own, such as one named by the time.
     """
     return Path(processes_of(trainer).broadcast(str(trainer.default_root_dir if dirpath is None else dirpath)))
+
+
+class OwnDirectory(Callback):
+    """A callback that writes into a directory, and keeps other runs out of it as long as its own goes on.
+
+    Runs of plain Trainers lie in the working directory if nothing else is said: two at a time would delete each other's
+    vectors, and one would train with the other's negatives.
+    """
+
+    dirpath: str | Path | None
+    _lock: FileLock | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the directory.
+
+        Raises:
+            UserInputError: If another run has it.
+        """
+        processes, is_free = processes_of(trainer), True
+        directory = output_directory(trainer, self.dirpath)
+        if processes.rank == 0:
+            self._give_back()
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(directory / ".run.lock", timeout=0, is_singleton=True)  # callbacks of a run share it
+            try:
+                lock.acquire()
+                self._lock = lock
+            except Timeout:
+                is_free = False
+        if not processes.broadcast(is_free):
+            raise UserInputError(
+                f"another run is at work in {str(directory)!r}; give this one a directory of its own, such as "
+                "Trainer(default_root_dir=...)"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give it back."""
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give it back where no teardown follows."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
 
 def heartbeat_of(trainer: Trainer, position: str) -> Callable[[], object]:

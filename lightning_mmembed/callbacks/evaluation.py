@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mmembed.callbacks.access import datamodule_of, output_directory, vector_store
+from lightning_mmembed.callbacks.access import OwnDirectory, datamodule_of, output_directory, vector_store
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
@@ -22,7 +22,7 @@ from lightning_mmembed.retrieval.runs import Record, record
 from lightning_mmembed.retrieval.search import SearchSettings
 
 
-class RetrievalEvaluation(Callback):
+class RetrievalEvaluation(OwnDirectory):
     """Embeds the pool of a split, ranks it for every query and logs the metrics, whenever a Trainer evaluates.
 
     Logged are ``{split}/{pool}/{metric}`` averages over the tasks, and ``{split}/{pool}/{task}/{metric}``. After
@@ -95,6 +95,7 @@ class RetrievalEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts that a query of the split does not have, and runs of other data, before any work."""
+        super().setup(trainer, pl_module, stage)
         self._directory = output_directory(trainer, self.dirpath)
         split = "test" if stage == "test" else "val"
         shards = datamodule_of(trainer).shards

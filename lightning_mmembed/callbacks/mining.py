@@ -7,23 +7,22 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mmembed.callbacks.access import datamodule_of, output_directory, processes_of, vector_store
+from lightning_mmembed.callbacks.access import OwnDirectory, datamodule_of, output_directory, vector_store
 from lightning_mmembed.checkpoints import borrowed_weights
 from lightning_mmembed.data.layout import TRAIN_POOL
-from lightning_mmembed.data.negatives import audit_of, write_negatives
 from lightning_mmembed.encoders.base import Encoder, encoder_of
 from lightning_mmembed.errors import UserInputError
-from lightning_mmembed.mining import PAPER, total_counts
+from lightning_mmembed.mining import PAPER
 from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.retrieval.embed import encoder_fingerprint
-from lightning_mmembed.retrieval.mine import mine_negatives, mining_facts
+from lightning_mmembed.retrieval.mine import mine_into
 
 log = logging.getLogger(__name__)
 
 
-class HardNegativeMining(Callback):
+class HardNegativeMining(OwnDirectory):
     """Mines before fit or between epochs, by the rule of MM-Embed or another.
 
     A version is one Parquet file ``negatives-{version}.parquet``, from which the datamodule draws in the next epoch, in
@@ -67,6 +66,8 @@ class HardNegativeMining(Callback):
                 f"check_margin={rule.check_margin} needs the scores of a second model, which training has not: mine "
                 "with mmembed-mine mining=cross_check check=..., then train with data.negatives=..."
             )
+        if not (before_fit or after_epochs or every_n_epochs):
+            raise UserInputError("nothing says when to mine; give before_fit=True, after_epochs or every_n_epochs")
         self.before_fit, self.after_epochs, self.every_n_epochs = before_fit, list(after_epochs or ()), every_n_epochs
         self.ckpt_path, self.rule, self.pool, self.dirpath = ckpt_path, rule, pool, dirpath
         self._store = {"batch_size": batch_size, "num_workers": num_workers, "dtype": dtype}
@@ -83,6 +84,14 @@ class HardNegativeMining(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mine before the first batch, and what a run that was killed has not come to: no batch has been read yet."""
+        last = trainer.max_epochs
+        if last is not None and 0 < last <= self._first_due() and trainer.is_global_zero:
+            log.warning(
+                "no negatives will be mined: the first mining is after epoch %d, and the run has %d; set before_fit or "
+                "after_epochs, or leave the callback out",
+                self._first_due(),
+                last,
+            )
         self._mine_if_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,6 +108,9 @@ class HardNegativeMining(Callback):
         with contextlib.nullcontext() if other is None else borrowed_weights(encoder, other):
             self._mine(trainer, encoder, done)
 
+    def _first_due(self) -> int:
+        return 0 if self.before_fit else min([*self.after_epochs, *filter(None, [self.every_n_epochs])])
+
     def _latest_due(self, done: int) -> int | None:
         """After how many of the epochs that are done it was last to be mined."""
         due = [after for after in self.after_epochs if after <= done]
@@ -109,20 +121,13 @@ class HardNegativeMining(Callback):
         return max(due, default=None)
 
     def _mine(self, trainer: Trainer, encoder: Encoder, done: int) -> None:
-        datamodule, processes = datamodule_of(trainer), processes_of(trainer)
+        datamodule = datamodule_of(trainer)
         pool, queries = datamodule.shards.pool(self.pool), datamodule.shards.query_sets("train")
         path = output_directory(trainer, self.dirpath) / f"negatives-{len(self.versions) + 1}.parquet"
         made_by = encoder_fingerprint(encoder)
         store = vector_store(trainer, self.dirpath, **self._store)
-        facts = mining_facts(store, pool, queries, made_by, self.rule)
-        audit = processes.broadcast(audit_of(path, facts) if trainer.is_global_zero else None)
-        if audit is None:
-            store.prune(made_by)
-            columns, audit = mine_negatives(encoder, pool, queries, store, made_by, self.rule)
-            if trainer.is_global_zero:
-                write_negatives(path, columns, facts, audit)
-                log.info("mined %s into %s", total_counts(audit), path)
-            processes.barrier()
+        store.prune(made_by)
+        audit = mine_into(path, encoder, pool, queries, store, made_by, self.rule)
         if datamodule.negatives is not None and not self.versions and trainer.is_global_zero:
             log.warning(
                 "from now on negatives are drawn from %s and no more from negatives=%s, which were given; to keep "

@@ -100,8 +100,8 @@ class MinedNegatives:
             if made_of.get("pool") in pools:
                 continue
             raise UserInputError(
-                f"negatives={str(path)!r} were mined in another dataset, or before its shards were made anew; "
-                "mine again"
+                f"negatives={str(path)!r} were mined in another dataset, in a pool that cannot be used here, "
+                "or before the shards were made anew; mine again"
             )
 
     def of(self, qid: int) -> tuple[np.ndarray, ...]:
@@ -120,8 +120,10 @@ def audit_of(path: str | Path, made_of: dict[str, Any]) -> dict[str, Any] | None
     """
     if not Path(path).is_file():
         return None
-    found = MinedNegatives(path)
-    return found.audit if found.made_of == made_of else None
+    metadata = pq.read_schema(path).metadata or {}
+    same = json.loads(metadata.get(b"made_of", b"null")) == made_of
+    audit: dict[str, Any] | None = json.loads(metadata[b"audit"]) if same else None
+    return audit
 
 
 def check_share(share: Share) -> None:

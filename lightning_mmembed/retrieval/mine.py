@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mmembed.data.negatives import audit_of, write_negatives
 from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import fingerprint
-from lightning_mmembed.mining import PAPER, Rankings, mine_rankings, mined_columns, mining_audit
+from lightning_mmembed.mining import PAPER, Rankings, mine_rankings, mined_columns, mining_audit, total_counts
 from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.retrieval.embed import VectorStore
 from lightning_mmembed.retrieval.pool import Pool, QuerySet, padded_ids
@@ -21,6 +24,8 @@ from lightning_mmembed.retrieval.results import leave_out
 from lightning_mmembed.retrieval.scores import canonical_scores, pairs_at_a_time
 from lightning_mmembed.retrieval.search import EXACT, Ranking, SearchSettings, rows_of, search_pool
 from lightning_mmembed.retrieval.vectors import Vectors
+
+log = logging.getLogger(__name__)
 
 #: Vectors of a pool, and for each task those of its queries.
 PoolAndQueries = tuple[Tensor | Vectors, Sequence[Tensor | Vectors]]
@@ -179,6 +184,43 @@ def mine_negatives(
     search = search.on(encoder.device)
     shared = (store.processes, others, store.heartbeat)
     return mine_vectors(pool, pool_vectors, query_sets, query_vectors, rule, search, *shared)
+
+
+def mine_into(
+    path: str | Path,
+    encoder: Encoder,
+    pool: Pool,
+    query_sets: Sequence[QuerySet],
+    store: VectorStore,
+    made_by: str,
+    rule: MiningRule = PAPER,
+    check: tuple[Encoder, str] | None = None,
+) -> dict[str, Any]:
+    """Write a file of negatives, unless it was mined with just the same; see :func:`mine_negatives`.
+
+    Args:
+        path: The Parquet file.
+        encoder: See :func:`mine_negatives`.
+        pool: See :func:`mine_negatives`.
+        query_sets: See :func:`mine_negatives`.
+        store: See :func:`mine_negatives`.
+        made_by: See :func:`mine_negatives`.
+        rule: See :func:`mine_negatives`.
+        check: See :func:`mine_negatives`.
+
+    Returns:
+        The audit.
+    """
+    facts = mining_facts(store, pool, query_sets, made_by, rule, None if check is None else check[1])
+    is_first = store.processes.rank == 0
+    audit: dict[str, Any] | None = store.processes.broadcast(audit_of(path, facts) if is_first else None)
+    if audit is None:
+        columns, audit = mine_negatives(encoder, pool, query_sets, store, made_by, rule, check=check)
+        if is_first:
+            write_negatives(path, columns, facts, audit)
+            log.info("mined %s into %s", total_counts(audit), path)
+        store.processes.barrier()
+    return audit
 
 
 def mining_facts(

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from worlds import ranking, tiny_module, tiny_trainer, write_pets
@@ -269,6 +270,54 @@ def test_another_rule_and_another_pool_are_mined_while_training(
     assert set(table["kind"].to_pylist()) == {KINDS.index("any_modality")}
     assert max(table["rank"].to_pylist()) == 4
     assert set(table["did"].to_pylist()) <= set(Shards(tiny_shards).pool("test").ids.tolist())
+
+
+def test_a_callback_that_is_not_told_when_to_mine_is_refused() -> None:
+    with pytest.raises(UserInputError, match="nothing says when to mine; give before_fit=True"):
+        mining()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs", "told"),
+    [
+        ({"after_epochs": [2, 5]}, 2, True),
+        ({"after_epochs": [2, 5]}, 3, False),
+        ({"every_n_epochs": 2}, 2, True),
+        ({"every_n_epochs": 2}, -1, False),
+        ({"after_epochs": [2], "before_fit": True}, 1, False),
+    ],
+)
+def test_a_run_that_ends_before_its_first_mining_is_warned(
+    tiny_shards: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    arguments: dict[str, Any],
+    epochs: int,
+    told: bool,
+) -> None:
+    trainer = tiny_trainer(
+        tmp_path, max_epochs=epochs, max_steps=1, callbacks=[mining(**arguments)], limit_val_batches=0
+    )
+    with caplog.at_level("WARNING"):
+        trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
+    assert ("no negatives will be mined" in caplog.text) == told
+
+
+def test_two_runs_in_one_directory_are_refused_and_one_after_the_other_is_not(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def train(*callbacks: Callback) -> None:
+        trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=list(callbacks), limit_val_batches=0)
+        trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
+
+    both = (RetrievalEvaluation(["hit@5"]), mining(before_fit=True))
+    with FileLock(tmp_path / ".run.lock"):  # as another process has it
+        for callback in both:
+            with pytest.raises(UserInputError, match="another run is at work in"):
+                train(callback)
+    train(*both)
+    train(mining(before_fit=True))
 
 
 def test_a_rule_that_needs_a_second_model_is_refused_before_training() -> None:
