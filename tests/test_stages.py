@@ -77,7 +77,11 @@ def test_every_stage_of_a_recipe_and_its_evaluations_compose_with_nothing_left_t
         assert content["seed"] == 5, stage.name
 
 
-@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF))[:-5])
+@pytest.mark.parametrize(
+    "path",
+    sorted(set(CONF.rglob("*.yaml")) - set(CONF.glob("base/*"))),
+    ids=lambda path: str(path.relative_to(CONF))[:-5],
+)
 def test_every_stage_opens_with_the_command_that_runs_it(path: Path) -> None:
     name = str(path.relative_to(CONF.parent).with_suffix(""))
     assert f"#   python train.py experiment={name} " in path.read_text().partition("defaults:")[0].replace("\n", " ")
