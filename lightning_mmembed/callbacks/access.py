@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,12 @@ from lightning_mmembed.data.datamodule import MBEIRDataModule
 from lightning_mmembed.distributed import Processes
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.retrieval.embed import VectorStore
+
+
+log = logging.getLogger(__name__)
+
+#: Seconds in which a run that was asked to end may do so, before the one that takes its place gives up.
+PATIENCE = 60.0
 
 
 def datamodule_of(trainer: Trainer) -> MBEIRDataModule:
@@ -64,13 +71,8 @@ class OwnDirectory(Callback):
         directory = output_directory(trainer, self.dirpath)
         if processes.rank == 0:
             self._give_back()
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(directory / ".run.lock", timeout=0, is_singleton=True)  # callbacks of a run share it
-            try:
-                lock.acquire()
-                self._lock = lock
-            except Timeout:
-                is_free = False
+            self._lock = _taken(directory)
+            is_free = self._lock is not None
         if not processes.broadcast(is_free):
             raise UserInputError(
                 f"another run is at work in {str(directory)!r}; give this one a directory of its own, such as "
@@ -89,6 +91,21 @@ class OwnDirectory(Callback):
         if self._lock is not None:
             self._lock.release()
         self._lock = None
+
+
+def _taken(directory: Path) -> FileLock | None:
+    """The lock of a directory, which callbacks of a run share; None if another run keeps it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".run.lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another run is at work in %s; waiting %d s for its end", directory, PATIENCE)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            return None
+    return lock
 
 
 def heartbeat_of(trainer: Trainer, position: str) -> Callable[[], object]:

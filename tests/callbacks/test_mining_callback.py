@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from worlds import ranking, tiny_module, tiny_trainer, write_pets
 
 from lightning_mmembed import HardNegativeMining, MBEIRDataModule, MLLMEncoder, RetrievalEvaluation
-from lightning_mmembed.callbacks import RunReport
+from lightning_mmembed.callbacks import RunReport, access
 from lightning_mmembed.checkpoints import load_encoder_weights
 from lightning_mmembed.data import Shards, shard_dataset
 from lightning_mmembed.data.negatives import MinedNegatives
@@ -305,8 +305,10 @@ def test_a_run_that_ends_before_its_first_mining_is_warned(
 
 
 def test_two_runs_in_one_directory_are_refused_and_one_after_the_other_is_not(
-    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(access, "PATIENCE", 0.1)
+
     def train(*callbacks: Callback) -> None:
         trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=list(callbacks), limit_val_batches=0)
         trainer.fit(tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=8))
