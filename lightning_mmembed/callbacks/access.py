@@ -16,7 +16,6 @@ from lightning_mmembed.distributed import Processes
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.retrieval.embed import VectorStore
 
-
 log = logging.getLogger(__name__)
 
 #: Seconds in which a run that was asked to end may do so, before the one that takes its place gives up.
