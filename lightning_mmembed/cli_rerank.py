@@ -158,7 +158,7 @@ def rerank_evaluation(
 
 
 def show(cfg: DictConfig) -> str:
-    """Print the prompt of a task; no weights are loaded.
+    """Print the prompt of a task; no weights are loaded. Of a checkpoint that is out of reach, the wording alone.
 
     Args:
         cfg: A configuration composed from ``conf/show.yaml``.
@@ -169,7 +169,14 @@ def show(cfg: DictConfig) -> str:
     from lightning_mmembed.rerank.zero_shot import example_prompt
 
     settings: Any = OmegaConf.to_container(cfg.rerank, resolve=True)
-    prompt = example_prompt(settings["pretrained_model_name_or_path"], settings["prompts"], str(cfg.task))
+    path = settings["pretrained_model_name_or_path"]
+    try:
+        prompt = example_prompt(path, settings["prompts"], str(cfg.task))
+    except UserInputError as error:
+        if Path(path).is_dir():
+            raise
+        prompt = example_prompt(None, settings["prompts"], str(cfg.task))  # fails as before if the task is wrong
+        print(f"{error}\nHere is the wording, without the frame of the model's chat template:\n", file=sys.stderr)
     print(prompt)
     print(f"\nscore: P({settings['labels'][0]}) / (P({settings['labels'][0]}) + P({settings['labels'][1]})) after it")
     return prompt

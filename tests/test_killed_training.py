@@ -5,6 +5,7 @@ The processes are forked by a server that has imported everything, so that a sta
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -61,6 +62,7 @@ class Work:
     def __call__(self, folder: Path, rank: int, port: int) -> None:
         multiprocessing.set_start_method("fork", force=True)  # as in a run: it would start a server of its own
         torch.set_num_threads(1)
+        faulthandler.dump_traceback_later(PATIENCE - 10)  # of a run that hangs
         if self.size > 1:  # where Lightning finds a LOCAL_RANK, it starts no processes of its own
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
         torch.manual_seed(0)
@@ -150,7 +152,7 @@ def reach(processes: list[BaseProcess], folder: Path, awaited: int) -> None:
     """Wait until a run has made some progress."""
     end = time.monotonic() + PATIENCE
     while any(process.is_alive() for process in processes) and progress(folder) < awaited:
-        assert time.monotonic() < end
+        assert time.monotonic() < end, f"{progress(folder)} of {awaited}; statuses {[p.exitcode for p in processes]}"
         time.sleep(0.002)
 
 

@@ -89,6 +89,8 @@ class Frame:
 
 #: The frame of a model without a chat template, apart from the mark of a picture.
 PLAIN = Frame("", "\nAnswer:", " ", "")
+#: Of no model: a wording is shown as it is.
+NO_FRAME = Frame("", "", "", "<image>")
 
 
 def read_template(path: str, tokenizer: Any) -> str | None:
@@ -193,15 +195,15 @@ class PromptWriter:
     or stand for a picture.
 
     Args:
-        tokenizer: Knows the special tokens.
+        tokenizer: Knows the special tokens; without one it is the mark of a picture alone.
         frame: What stands around a prompt.
         prompts: The wordings.
     """
 
     def __init__(self, tokenizer: Any, frame: Frame, prompts: Prompts) -> None:
         self.frame, self.prompts = frame, prompts
-        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-        special = {token for token, is_special in added.items() if is_special or token in frame.mark}
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()} if tokenizer else {}
+        special = {token for token, is_special in added.items() if is_special or token in frame.mark} or {frame.mark}
         longest_first = sorted((token for token in special if len(token) > 1), key=lambda token: (-len(token), token))
         self._special = re.compile("|".join(map(re.escape, longest_first)))
 

@@ -23,7 +23,7 @@ from lightning_mmembed.files import fingerprint
 from lightning_mmembed.items import TASK_MODALITIES, Candidate, Item, Modality, Query, Task
 from lightning_mmembed.rerank.inputs import PairProcessor, Pairs, Row, cheapest_passes, label_ids
 from lightning_mmembed.rerank.model import context, copies, load_generator, read_family, shares_prefix, states_of
-from lightning_mmembed.rerank.prompts import Prompts, PromptWriter, read_frame
+from lightning_mmembed.rerank.prompts import NO_FRAME, Prompts, PromptWriter, read_frame
 from lightning_mmembed.rerank.store import pair_key
 
 LABELS = ("True", "False")
@@ -296,11 +296,11 @@ def read_processor(
         return config, PairProcessor(tokenizer, family, writer, context(config, max_length))
 
 
-def example_prompt(path: str | Path, prompts: Mapping[str, str], task: str) -> str:
+def example_prompt(path: str | Path | None, prompts: Mapping[str, str], task: str) -> str:
     """The prompt of a task, in the frame of a checkpoint, with names in the place of texts; no weights are loaded.
 
     Args:
-        path: A directory or a hub id.
+        path: A directory or a hub id; ``None`` leaves the frame out.
         prompts: See :meth:`ZeroShotReranker.from_pretrained`.
         task: Such as ``"cirr_task7"``; the modalities are those of its id.
 
@@ -309,8 +309,10 @@ def example_prompt(path: str | Path, prompts: Mapping[str, str], task: str) -> s
     """
     parsed = Task.parse(task)
     wording = Prompts(prompts).of(parsed)
-    with reading(str(path)):
-        writer = _read_writer(str(path), Prompts(prompts))[2]
+    writer = PromptWriter(None, NO_FRAME, Prompts(prompts))
+    if path is not None:
+        with reading(str(path)):
+            writer = _read_writer(str(path), Prompts(prompts))[2]
 
     def example(modality: Modality, name: str) -> Item:
         picture = None if modality is Modality.TEXT else Image.new("RGB", (1, 1))

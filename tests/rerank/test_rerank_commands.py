@@ -238,6 +238,21 @@ def test_the_prompt_of_a_task_is_shown_without_weights(
         show(composed("show", "task=nothing", f"rerank.pretrained_model_name_or_path={path}"))
 
 
+def test_the_wording_of_a_task_is_shown_where_its_checkpoint_is_out_of_reach(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompt = show(composed("show", "task=cirr_task7", "rerank.pretrained_model_name_or_path=nobody/nothing"))
+    assert prompt == (
+        "[instruction]\nImage and the change to it: <image>\n[text of the query]\nChanged image: <image>\n"
+        "Does the last image show the first one with the change? True or False"
+    )
+    captured = capsys.readouterr()
+    assert prompt in captured.out
+    assert "checkpoint 'nobody/nothing' cannot be read" in captured.err
+    with pytest.raises(UserInputError, match="task='nothing' is no task name"):
+        show(composed("show", "task=nothing", "rerank.pretrained_model_name_or_path=nobody/nothing"))
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
