@@ -9,7 +9,7 @@ loaded the encoder: vectors to disk, search, the paper's rule, audit, Parquet fi
 
 The second is over the queries that are texts and want texts, and the texts of the pool. ``ours`` is the whole of mining
 again, with the rule ``top_k``; ``sentence-transformers`` is its ``mine_hard_negatives`` with the same encoder, through
-``lightning_mmembed.integrations.sentence_transformers``, both with the the 10 best negatives of
+``lightning_mmembed.integrations.sentence_transformers``, both with the 10 best negatives of
 the first 50. Its texts are in memory before the clock starts, ours are read from the shards. Both must choose the same
 negatives, but for candidates of equal text, which it takes for one.
 
