@@ -31,8 +31,10 @@ from benchmarks.evidence_rows import (
     REGIMES,
     TABLE_REGIMES,
     TABLES,
+    UNLABELLED_DATA,
     Row,
 )
+from benchmarks.unlabelled import generate_unlabelled
 from lightning_mmembed.stages import Stage, evaluation, run_stages
 
 ROOT = Path("logs/evidence")
@@ -157,6 +159,8 @@ def main() -> None:
     if not args.report:
         os.environ["OMP_NUM_THREADS"] = "1"
         command = [sys.executable, "-m", "benchmarks.evidence", *sys.argv[1:], "--chain"]
+        if "unlabelled" in args.table:
+            generate_unlabelled(f"{UNLABELLED_DATA}/{args.dataset}")
         # The starts first: the chains of a seed share them. The first seed's makes the data that all share.
         failed = []
         for some in (args.seeds[:1], args.seeds[1:]):

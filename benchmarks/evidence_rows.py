@@ -86,6 +86,26 @@ LONG = (
     ),
     Row("joint, 8 epochs", "long-joint", "joint", ("trainer.max_epochs=8", MINED_LONG)),
 )
+#: Mined from a training pool that holds positives which are not labelled; trained and measured as ever.
+UNLABELLED_DATA = "data/unlabelled"
+UNLABELLED_HARD = (*LONG_HARD, f"paths.data_dir={UNLABELLED_DATA}")
+UNLABELLED = (
+    *(row for row in LONG if row.key in ("long-random", "long-random-as-long", "long-top-k", "long-hard")),
+    Row(
+        "hard (plain top-k), unlabelled positives in the pool",
+        "unlabelled-top-k",
+        "hard",
+        (*UNLABELLED_HARD, "mining=top_k"),
+        ("long-random-as-long", "long-top-k"),
+    ),
+    Row(
+        "hard (paper), unlabelled positives in the pool",
+        "unlabelled-hard",
+        "hard",
+        UNLABELLED_HARD,
+        ("long-random-as-long", "long-hard", "unlabelled-top-k"),
+    ),
+)
 VERSIONS = (
     RANDOM,
     HARD,
@@ -142,11 +162,19 @@ BEYOND = (
         ("hard-32",),
     ),
 )
-TABLES = {"main": MAIN, "long": LONG, "versions": VERSIONS, "ablations": ABLATIONS, "beyond": BEYOND}
+TABLES = {
+    "main": MAIN,
+    "long": LONG,
+    "unlabelled": UNLABELLED,
+    "versions": VERSIONS,
+    "ablations": ABLATIONS,
+    "beyond": BEYOND,
+}
 #: Where each table is made, if nothing is said.
 TABLE_REGIMES = dict.fromkeys(TABLES, ("pretrained-mixed",)) | {
     "main": REGIMES,
     "long": ("pretrained-mixed", "pretrained-accumulated"),
+    "unlabelled": ("pretrained-accumulated",),
 }
 #: By dataset: what is asked of a checkpoint, by name.
 EVALUATIONS = {
