@@ -65,7 +65,7 @@ def chain(dataset: str, seed: int, regime: str, rows: tuple[Row, ...], given: tu
     common += FROM_RANDOM if start == "random" else ()
     stages = start_stages(dataset, seed, given)
     for row in rows:
-        own = [LONGER[dataset].get(override.strip("{}"), override) for override in row.overrides]
+        own = [one for some in row.overrides for one in LONGER[dataset].get(some.strip("{}"), (some,))]
         overrides = (f"experiment=mm_embed/{dataset}/{row.experiment or 'random'}", *LENGTHS[dataset], *own, *common)
         stage = Stage(row.key, place / regime / row.key, overrides + (() if row.experiment else ("train=false",)))
         if row.experiment:
@@ -134,7 +134,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dataset == "emoji" and not args.report and not (args.emoji and args.texts):
         parser.error("--dataset emoji needs --emoji and --texts")
-    known = ["main"] if args.dataset == "emoji" else list(TABLES)
+    known = ["main", "long"] if args.dataset == "emoji" else list(TABLES)
     args.table = args.table or known
     if not set(args.table) <= set(known):
         parser.error(f"--dataset {args.dataset} has the tables {', '.join(known)} alone")

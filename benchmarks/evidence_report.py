@@ -31,6 +31,8 @@ TITLES = {
     "random-mixed": "Random start, every weight trained, batches of mixed tasks",
     "random-one-task": "Random start, every weight trained, batches of one task",
 }
+#: The tables with figures, and whose modality matrices are drawn.
+MATRICES = {"main": ("start", "random", "hard"), "long": ("long-random", "long-random-as-long", "long-hard")}
 
 
 @dataclass(frozen=True)
@@ -163,36 +165,43 @@ def pool_modalities(dataset: str) -> dict[str, str]:
 
 
 def draw_bars(regimes: Mapping[str, Sequence[Measured]], column: str, path: Path) -> None:
-    """A column by run, a panel for each regime, with the seeds as dots."""
-    figure, panels = plt.subplots(1, len(regimes), figsize=(3.4 * len(regimes), 3.6), sharex=True, squeeze=False)
+    """A column by run, a panel for each regime, with the seeds as dots; a run that a regime lacks leaves a gap."""
+    names = list(dict.fromkeys(row.name for rows in sorted(regimes.values(), key=len, reverse=True) for row in rows))
+    size = (1.5 + 3.1 * len(regimes), 0.6 + 0.3 * len(names))
+    figure, panels = plt.subplots(1, len(regimes), figsize=size, sharex=True, sharey=True, squeeze=False)
     for panel, (regime, rows) in zip(panels[0], regimes.items(), strict=True):
-        for place, row in enumerate(rows):
-            values = COLUMNS[column](row)
-            panel.barh(place, np.mean(values), color="#7a9cc6" if row.key != "hard" else "#d98a3d")
+        for row in rows:
+            place, values = names.index(row.name), COLUMNS[column](row)
+            panel.barh(place, np.mean(values), color="#d98a3d" if "(paper)" in row.name else "#7a9cc6")
             panel.plot(values, [place] * len(values), "o", color="#222222", markersize=3)
-        panel.set_yticks(range(len(rows)), [row.name for row in rows] if panel is panels[0][0] else [""] * len(rows))
-        panel.invert_yaxis()
-        panel.set_title(regime, fontsize=9)
+        panel.set_title(regime.replace("-", " start, ", 1), fontsize=9)
         panel.set_xlabel(f"{column} (%)", fontsize=8)
         panel.tick_params(labelsize=8)
+    panels[0][0].set_yticks(range(len(names)), names)
+    panels[0][0].invert_yaxis()
     save(figure, path)
 
 
-def draw_matrices(rows: Sequence[Measured], modalities: Mapping[str, str], path: Path) -> None:
-    """Wanted against got, a panel for each row."""
-    names = [m.value for m in Modality]
-    figure, panels = plt.subplots(1, len(rows), figsize=(3 * len(rows), 3), squeeze=False)
-    for panel, row in zip(panels[0], rows, strict=True):
-        shares = matrix(row, modalities)
-        panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for (i, j), share in np.ndenumerate(shares):
-            ink = "white" if share > 0.5 else "black"
-            panel.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9)
-        panel.set_xticks(range(3), names, fontsize=8)
-        panel.set_yticks(range(3), names, fontsize=8)
-        panel.set_title(row.name, fontsize=9)
+def draw_matrices(regimes: Mapping[str, Sequence[Measured]], modalities: Mapping[str, str], path: Path) -> None:
+    """Wanted against got: a line of panels for each regime, one for each of its rows."""
+    names, widest = [m.value for m in Modality], max(map(len, regimes.values()))
+    size = (2.6 * widest, 2.6 * len(regimes))
+    figure, panels = plt.subplots(len(regimes), widest, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for line, (regime, rows) in zip(panels, regimes.items(), strict=True):
+        for panel, row in zip(line, rows, strict=False):
+            shares = matrix(row, modalities)
+            panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            for (i, j), share in np.ndenumerate(shares):
+                ink = "white" if share > 0.5 else "black"
+                panel.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9)
+            panel.set_xticks(range(3), names, fontsize=8)
+            panel.set_yticks(range(3), names, fontsize=8)
+            panel.set_title(f"{regime.replace('-', ' start, ', 1)}\n{row.name}", fontsize=8)
+        for panel in line[len(rows) :]:
+            panel.set_axis_off()
+        line[0].set_ylabel("wanted", fontsize=8)
+    for panel in panels[-1]:
         panel.set_xlabel("first result", fontsize=8)
-        panel.set_ylabel("wanted", fontsize=8)
     save(figure, path)
 
 
@@ -212,7 +221,7 @@ def check_page(dataset: str, name: str) -> None:
 
 
 def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]]) -> None:
-    """Write the tables of what is finished into the page, between its marks, and for the main table the figures."""
+    """Write the tables of what is finished into the page, between its marks, and for some tables figures."""
     regimes = {regime: rows for regime, rows in regimes.items() if rows}
     if not regimes:
         print(f"{name}: no row is finished")
@@ -226,12 +235,12 @@ def report(dataset: str, name: str, regimes: Mapping[str, Sequence[Measured]]) -
         seeds = len(rows[0].places)
         title = f"{TITLES[regime]}: {seeds} seeds" if seeds > 1 else f"{TITLES[regime]}: one seed"
         parts += [f"**{title}**", table(rows)] + ([tests(rows)] if len(rows) > 1 else [])
-    if name == "main":
-        stem = f"evidence-{dataset}"
+    if name in MATRICES:
+        stem = f"evidence-{dataset}-{name}"
         draw_bars(regimes, "modality@1", DOCS / f"{stem}-modality.svg")
         draw_bars(regimes, "union hit@5", DOCS / f"{stem}-hit.svg")
         parts += [f"![modality@1 by run]({stem}-modality.svg)", f"![union hit@5 by run]({stem}-hit.svg)"]
-        shown = [row for row in next(iter(regimes.values())) if row.key in ("start", "random", "hard")]
+        shown = {regime: [row for row in rows if row.key in MATRICES[name]] for regime, rows in regimes.items()}
         draw_matrices(shown, pool_modalities(dataset), DOCS / f"{stem}-matrix.svg")
         parts += [f"![wanted and first modality]({stem}-matrix.svg)"]
     put(PAGE, f"{dataset} {name}", "\n\n".join(parts))

@@ -55,36 +55,30 @@ MAIN = (
     Row("continual", "continual", "continual", ("weights={hard}/checkpoints/best.ckpt",)),
     Row("joint", "joint", "joint", (MINED,)),
 )
-#: The same with three times the epochs, and the random stage for as long as the hard one takes.
+#: The same with longer stages, and the random stage for as long as the hard one takes.
 MINED_LONG = "callbacks.mining.ckpt_path={long-random}/checkpoints/best.ckpt"
-LONG_HARD = ("trainer.max_epochs=6", MINED_LONG)
+LONG_HARD = ("{long}", MINED_LONG)
 LONG = (
-    Row("random, 6 epochs", "long-random", "random", ("trainer.max_epochs=6",)),
-    Row("random, 9 epochs", "long-random-as-long", "random", ("trainer.max_epochs=9",)),
-    Row("hard (plain top-k), 6 epochs", "long-top-k", "hard", (*LONG_HARD, "mining=top_k")),
-    Row("hard (C1 only), 6 epochs", "long-c1", "hard", (*LONG_HARD, "mining.rule=wrong_modality")),
+    Row("random", "long-random", "random", ("{long}",)),
+    Row("random, as long as hard", "long-random-as-long", "random", ("{long-as-long}",)),
+    Row("hard (plain top-k)", "long-top-k", "hard", (*LONG_HARD, "mining=top_k")),
+    Row("hard (C1 only)", "long-c1", "hard", (*LONG_HARD, "mining.rule=wrong_modality")),
     Row(
-        "hard (paper), 6 epochs",
+        "hard (paper)",
         "long-hard",
         "hard",
         LONG_HARD,
         ("long-random", "long-random-as-long", "long-top-k", "long-c1"),
     ),
     Row(
-        "hard (C1 share from 1 to 0.5), 6 epochs",
+        "hard (C1 share from 1 to 0.5)",
         "long-curriculum",
         "hard",
         (*LONG_HARD, "mining=curriculum"),
         ("long-random-as-long", "long-top-k", "long-hard"),
     ),
-    Row(
-        "continual, 2 epochs",
-        "long-continual",
-        "continual",
-        ("weights={long-hard}/checkpoints/best.ckpt",),
-        ("long-hard",),
-    ),
-    Row("joint, 8 epochs", "long-joint", "joint", ("trainer.max_epochs=8", MINED_LONG)),
+    Row("continual", "long-continual", "continual", ("weights={long-hard}/checkpoints/best.ckpt",), ("long-hard",)),
+    Row("joint", "long-joint", "joint", ("{long-joint}", MINED_LONG)),
 )
 #: Mined from a training pool that holds positives which are not labelled; trained and measured as ever.
 UNLABELLED_DATA = "data/unlabelled"
@@ -92,14 +86,14 @@ UNLABELLED_HARD = (*LONG_HARD, f"paths.data_dir={UNLABELLED_DATA}")
 UNLABELLED = (
     *(row for row in LONG if row.key in ("long-random", "long-random-as-long", "long-top-k", "long-hard")),
     Row(
-        "hard (plain top-k), unlabelled positives in the pool",
+        "hard (plain top-k), unlabelled positives",
         "unlabelled-top-k",
         "hard",
         (*UNLABELLED_HARD, "mining=top_k"),
         ("long-random-as-long", "long-top-k"),
     ),
     Row(
-        "hard (paper), unlabelled positives in the pool",
+        "hard (paper), unlabelled positives",
         "unlabelled-hard",
         "hard",
         UNLABELLED_HARD,
@@ -186,9 +180,22 @@ EVALUATIONS = {
 }
 #: How long the stages of the main table are: of emoji, whose epochs are eight times as long, a quarter of one.
 LENGTHS = {"mini": (), "emoji": ("++trainer.limit_train_batches=0.25",)}
-#: The random stage in as much training time as the hard one takes, which encodes half as many items again in a step,
-#: and in twice its own.
+#: By dataset and the name of a length: the random stage in as much training time as the hard one takes, which encodes
+#: half as many items again in a step, and in twice its own; then the same with longer stages, and joint for as many
+#: steps as hard and continual take together.
 LONGER = {
-    "mini": {"as-long": "trainer.max_epochs=3", "twice": "trainer.max_epochs=4"},
-    "emoji": {"as-long": "++trainer.limit_train_batches=0.375", "twice": "trainer.limit_train_batches=0.5"},
+    "mini": {
+        "as-long": ("trainer.max_epochs=3",),
+        "twice": ("trainer.max_epochs=4",),
+        "long": ("trainer.max_epochs=6",),
+        "long-as-long": ("trainer.max_epochs=9",),
+        "long-joint": ("trainer.max_epochs=8",),
+    },
+    "emoji": {
+        "as-long": ("++trainer.limit_train_batches=0.375",),
+        "twice": ("trainer.limit_train_batches=0.5",),
+        "long": ("trainer.limit_train_batches=1.0",),
+        "long-as-long": ("trainer.limit_train_batches=0.75", "trainer.max_epochs=2"),
+        "long-joint": ("trainer.limit_train_batches=0.625",),
+    },
 }
