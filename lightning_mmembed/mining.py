@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_mmembed.mining_rule import ANY_MODALITY, FILTERS, KINDS, RULES, MiningRule, check_band
+from lightning_mmembed.mining_rule import ANY_MODALITY, FILTERS, KINDS, MARGINS, RULES, MiningRule, check_band
 from lightning_mmembed.mining_rule import WRONG_CONTENT as WRONG_CONTENT
 from lightning_mmembed.mining_rule import WRONG_MODALITY as WRONG_MODALITY
 
@@ -249,6 +249,8 @@ def _filter(kinds: np.ndarray, rankings: Rankings, rule: MiningRule) -> dict[str
     for name, left_out in FILTERS.items():
         if getattr(rule, name) is not None:
             dropped = (kinds >= 0) & left_out(rankings, getattr(rule, name))[:, : kinds.shape[1]]
+            if name in MARGINS:
+                dropped &= kinds != KINDS.index(WRONG_MODALITY)
             kinds[dropped] = NO_KIND
             counts[name] = int(dropped.sum())
     return counts

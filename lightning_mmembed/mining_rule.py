@@ -51,7 +51,8 @@ class MiningRule:
         k_prime: Rank below which candidates of the wanted modality count as ``wrong_content``.
         range_min: How many of the best candidates that are neither positives nor left out the window skips.
         range_max: Where the window ends, counted alike; by default with the ranking.
-        absolute_margin: How far below the lowest score of a labelled positive a negative's score has to be.
+        absolute_margin: How far below the lowest score of a labelled positive a negative's score has to be; not that of
+            ``wrong_modality``, which is above the best positive by its definition.
         relative_margin: The same, as a share of the size of that score.
         max_score: The highest score of a negative.
         min_score: The lowest score of a negative.
@@ -103,11 +104,11 @@ class MiningRule:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserInputError(f"{name}={value} must be a finite number, or null to leave nothing out")
-        if self.check_margin is not None and RULES[self.rule] == (WRONG_MODALITY,):
-            raise UserInputError(
-                f"check_margin={self.check_margin} has no effect with rule={self.rule!r}: candidates of the wanted "
-                "modality alone are checked; leave it out"
-            )
+            if value is not None and name in (*MARGINS, "check_margin") and RULES[self.rule] == (WRONG_MODALITY,):
+                raise UserInputError(
+                    f"{name}={value} has no effect with rule={self.rule!r}: it leaves out candidates that may be "
+                    "unlabelled positives, and none of another modality than wanted is one; leave it out"
+                )
 
     def _check_window(self) -> None:
         end = self.k if self.range_max is None else self.range_max
@@ -187,6 +188,9 @@ def _near_for_another_model(rankings: Rankings, margin: float) -> np.ndarray:
     near_and_wanted: np.ndarray = near & (rankings.modalities == rankings.wanted)
     return near_and_wanted
 
+
+#: Filters that go by the score of a positive.
+MARGINS = ("absolute_margin", "relative_margin")
 
 #: Settings that leave candidates out because of their scores, in the order in which they do: from the rankings and
 #: the setting to ``(Q, K)`` booleans, True for what is left out. A comparison with NaN is False.

@@ -50,9 +50,11 @@ def random_rankings(seed: int, n_queries: int = 40, length: int = 30) -> Ranking
     )
 
 
-def left_out(rankings: Rankings, rule: MiningRule, row: int, place: int) -> str | None:
+def left_out(rankings: Rankings, rule: MiningRule, row: int, place: int, kind: int) -> str | None:
     """The first setting that leaves a candidate out, in numbers as precise as the scores."""
     score, positive = rankings.scores[row, place], rankings.positive_scores[row]
+    if kind == 0:  # above the best positive by its definition
+        positive = np.float32(np.nan)
     if rule.absolute_margin is not None and score + np.float32(rule.absolute_margin) > positive:
         return "absolute_margin"
     if rule.relative_margin is not None and score > positive - abs(positive) * np.float32(rule.relative_margin):
@@ -87,7 +89,7 @@ def mine_by_loop(rankings: Rankings, rule: MiningRule) -> tuple[list[dict[int, i
             elif wanted and place + 1 > rule.k_prime and rule.rule != "wrong_modality":
                 kinds[place] = 1
         for place in list(kinds):
-            reason = left_out(rankings, rule, row, place)
+            reason = left_out(rankings, rule, row, place, kinds[place])
             if reason is not None:
                 out[reason] += 1
                 del kinds[place]
@@ -117,7 +119,7 @@ FILTERS = [{}, *({name: value} for name, value in THRESHOLDS.items()), THRESHOLD
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "paper")
 def test_every_rule_equals_a_loop_over_every_ranking(settings: dict[str, Any], filters: dict[str, float]) -> None:
     if settings.get("rule") == "wrong_modality":
-        filters = {name: value for name, value in filters.items() if name != "check_margin"}
+        filters = {name: value for name, value in filters.items() if "margin" not in name}
     rule = MiningRule(**{"k": 20, "k_prime": 12, **settings, **filters})
     kept = dropped = 0
     for seed in range(4):
@@ -168,6 +170,16 @@ def test_the_check_by_another_model_leaves_out_no_candidate_of_another_modality(
     kinds, counts = mine_rankings(biased, dataclasses.replace(rule, check_margin=0.0))
     np.testing.assert_array_equal(kinds, mine_rankings(rankings, rule)[0])
     assert counts["left_out_by_check_margin"] == 0
+
+
+@pytest.mark.parametrize("name", ["absolute_margin", "relative_margin"])
+def test_a_margin_leaves_every_candidate_of_the_wrong_modality_above_the_best_positive(name: str) -> None:
+    for seed in range(4):
+        rankings = random_rankings(seed)
+        plain, _ = mine_rankings(rankings, MiningRule(k=20, k_prime=12))
+        kinds, _ = mine_rankings(rankings, MiningRule(k=20, k_prime=12, **{name: 0.3}))
+        np.testing.assert_array_equal(kinds == 0, plain == 0)
+        assert (kinds == 1).sum() < (plain == 1).sum()
 
 
 def part(rankings: Rankings, rows: slice) -> Rankings:
@@ -295,6 +307,7 @@ def test_the_audit_of_nothing_is_made_of_zeros() -> None:
         ({"sampling_strategy": "random"}, r"without num_negatives"),
         ({"seed": -1}, r"seed=-1 must be"),
         ({"rule": "wrong_modality", "check_margin": 0.0}, r"check_margin=0.0 has no effect with rule='wrong_modality'"),
+        ({"rule": "wrong_modality", "relative_margin": 0.1}, r"relative_margin=0.1 has no effect with rule='wrong_mod"),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from lightning_mmembed.distributed import ALONE, Processes
 from lightning_mmembed.encoders.base import Encoder
 from lightning_mmembed.metrics import DEFAULT_METRICS, parse_metric
 from lightning_mmembed.retrieval.embed import VectorStore
-from lightning_mmembed.retrieval.pool import Pool, QuerySet
+from lightning_mmembed.retrieval.pool import Pool, QuerySet, most_ignored
 from lightning_mmembed.retrieval.results import RUN_DEPTH, RetrievalResult, score_task
 from lightning_mmembed.retrieval.search import EXACT, Ranking, SearchSettings, rows_of, search_pool
 from lightning_mmembed.retrieval.vectors import Vectors
@@ -58,10 +58,11 @@ def evaluate_vectors(
         local = pool.local.get(queries.task.name)
         pools.append({"union": None} if local is None else {"union": None, "local": local})
     subsets = [list(where.values()) for where in pools]
-    rankings, info = _search(query_vectors, subsets, pool_vectors, k, search, processes, heartbeat)
+    deeper = k + most_ignored(query_sets)
+    rankings, info = _search(query_vectors, subsets, pool_vectors, deeper, search, processes, heartbeat)
     results = {}
     for queries, where, found in zip(query_sets, pools, rankings, strict=True):
-        results[queries.task.name] = score_task(queries, pool, dict(zip(where, found, strict=True)), metrics)
+        results[queries.task.name] = score_task(queries, pool, dict(zip(where, found, strict=True)), metrics, k)
     return RetrievalResult(pool, results, search_info=info)
 
 

@@ -19,7 +19,7 @@ from lightning_mmembed.files import fingerprint
 from lightning_mmembed.mining import PAPER, Rankings, mine_rankings, mined_columns, mining_audit, total_counts
 from lightning_mmembed.mining_rule import MiningRule
 from lightning_mmembed.retrieval.embed import VectorStore
-from lightning_mmembed.retrieval.pool import Pool, QuerySet, padded_ids
+from lightning_mmembed.retrieval.pool import Pool, QuerySet, most_ignored, padded_ids
 from lightning_mmembed.retrieval.results import leave_out
 from lightning_mmembed.retrieval.scores import canonical_scores, pairs_at_a_time
 from lightning_mmembed.retrieval.search import EXACT, Ranking, SearchSettings, rows_of, search_pool
@@ -64,9 +64,8 @@ def mine_vectors(
     """
     shares = [processes.share(len(vectors)) for vectors in query_vectors]
     local = [rows_of(vectors, share) for vectors, share in zip(query_vectors, shares, strict=True)]
-    ignored = max((len(some) for queries in query_sets for some in queries.ignored or ()), default=0)
     requests = [(vectors, (None,)) for vectors in local]
-    rankings = search_pool(requests, pool_vectors, rule.k + ignored, search, heartbeat)
+    rankings = search_pool(requests, pool_vectors, rule.k + most_ignored(query_sets), search, heartbeat)
     parts, audit = [], {}
     for i, (queries, (ranking,)) in enumerate(zip(query_sets, rankings, strict=True)):
         others = None if check is None else (check[0], rows_of(check[1][i], shares[i]))
@@ -218,7 +217,14 @@ def mine_into(
         columns, audit = mine_negatives(encoder, pool, query_sets, store, made_by, rule, check=check)
         if is_first:
             write_negatives(path, columns, facts, audit)
-            log.info("mined %s into %s", total_counts(audit), path)
+            totals = total_counts(audit)
+            log.info("mined %s into %s", totals, path)
+            if totals["with_none"] > totals["queries"] / 2:
+                log.warning(
+                    "the rule finds no negative for %d of %d queries; training draws theirs from the pool at random",
+                    totals["with_none"],
+                    totals["queries"],
+                )
         store.processes.barrier()
     return audit
 

@@ -98,3 +98,8 @@ class QuerySet:
     def likeness(self) -> tuple[Tensor, ...]:
         """What queries of one batch should have in common: size; see :attr:`Pool.likeness`."""
         return () if self.sizes is None else (self.sizes,)
+
+
+def most_ignored(query_sets: Sequence[QuerySet]) -> int:
+    """How many candidates a query ignores at most: so much deeper a search goes, that its rankings keep their depth."""
+    return max((len(some) for queries in query_sets for some in queries.ignored or ()), default=0)

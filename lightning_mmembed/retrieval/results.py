@@ -133,7 +133,11 @@ def task_groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def score_task(
-    queries: QuerySet, pool: Pool, rankings: dict[str, Ranking], metrics: Sequence[str] = DEFAULT_METRICS
+    queries: QuerySet,
+    pool: Pool,
+    rankings: dict[str, Ranking],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    depth: int | None = None,
 ) -> TaskResult:
     """Score the rankings of one task.
 
@@ -145,6 +149,7 @@ def score_task(
         pool: The union pool.
         rankings: By pool, ``"union"`` or ``"local"``.
         metrics: Canonical metric names.
+        depth: How deep the rankings are once that is taken out; by default as deep as they come.
 
     Returns:
         The values of every query; the headline goes by what is ranked, so rankings must be 10 deep at least.
@@ -152,6 +157,7 @@ def score_task(
     labels = Labels(queries, pool)
     if queries.ignored is not None:
         rankings = {name: leave_out(ranking, pool.rows_of(queries.ignored)) for name, ranking in rankings.items()}
+    rankings = {name: Ranking(some.scores[:, :depth], some.rows[:, :depth]) for name, some in rankings.items()}
     values, first_hits = {}, {}
     for name, ranking in rankings.items():
         relevant, right = judge(ranking, pool, queries.positives, queries.task.target_modality)

@@ -82,7 +82,8 @@ def test_judgements_that_are_all_alike_are_scored_as_those_without_grades(tmp_pa
     assert shards.query_sets("test")[0].grades is None
 
 
-def test_a_query_never_finds_itself_and_its_figures_are_those_without_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("k", [10, 50])
+def test_a_query_never_finds_itself_and_its_figures_are_those_without_it(k: int, tmp_path: Path) -> None:
     documents = [{"_id": str(n), "title": f"t{n}", "text": f"argument {n}"} for n in range(40)]
     queries = [{"_id": str(n), "text": f"argument {n}"} for n in range(20)]
     judged = [(str(n), str(20 + n), 1) for n in range(20)]
@@ -92,10 +93,10 @@ def test_a_query_never_finds_itself_and_its_figures_are_those_without_it(tmp_pat
     assert query_set.ignored is not None
     generator = torch.Generator().manual_seed(0)
     vectors = F.normalize(torch.randn(40, 16, generator=generator), dim=1)
-    result = evaluate_vectors(pool, vectors, [query_set], [vectors[:20]], list(METRICS))
+    result = evaluate_vectors(pool, vectors, [query_set], [vectors[:20]], list(METRICS), k)
     (union, _) = write_runs(tmp_path / "runs", result, "same")
     out = by_run(write_run_in_source_ids(union, shards, "test", tmp_path / "renamed.run"))
-    assert len(out) == 20 * 39
+    assert len(out) == 20 * min(k, 39)
     assert all(scored.query_id != scored.doc_id for scored in out)
     scores = vectors[:20] @ vectors.T
     everything = [
