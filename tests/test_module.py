@@ -17,6 +17,7 @@ from worlds import tiny_module, tiny_trainer
 
 from lightning_mmembed import MBEIRDataModule, RetrievalModule
 from lightning_mmembed.checkpoints import load_encoder_weights
+from lightning_mmembed.data import Shards
 from lightning_mmembed.data.batches import TrainingBatch
 from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
@@ -141,7 +142,7 @@ def test_a_checkpoint_loads_with_weights_only_and_gives_the_trained_encoder(
     module, datamodule = tiny_module(tiny_checkpoint), MBEIRDataModule(tiny_shards, batch_size=16)
     tiny_trainer(tmp_path, max_epochs=1, callbacks=[saver], enable_checkpointing=True).fit(module, datamodule)
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert content["MBEIRDataModule"] == {"negatives": None}
+    assert content["MBEIRDataModule"] == {"negatives": None, "sha256": {}, "given": []}
     fresh = tiny_module(tiny_checkpoint).encoder
     before = fresh.encode_document(["a red ellipse"])
     load_encoder_weights(fresh, tmp_path / "last.ckpt")
@@ -189,3 +190,26 @@ def test_a_split_without_queries_is_named(tiny_source: Path, tiny_checkpoint: Pa
 def test_an_unknown_batch_mix_is_named(tiny_shards: Path) -> None:
     with pytest.raises(UserInputError, match="batch_mix='striped' is unknown; write one of mixed, one-task"):
         MBEIRDataModule(tiny_shards, batch_mix="striped")
+
+
+def test_tasks_too_small_for_batches_of_one_task_are_named_and_a_run_without_any_batch_is_refused(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {queries.task.name: len(queries) for queries in Shards(tiny_shards).query_sets("train")}
+    twice = max(sizes)
+    sizes[twice] *= 2
+    smallest, largest = min(sizes.values()), max(sizes.values())
+    assert smallest < largest
+    for batch_size in (smallest, largest, largest + 1):
+        settings: dict[str, Any] = {"batch_mix": "one-task", "upsample": {twice: 2}}
+        datamodule = MBEIRDataModule(tiny_shards, batch_size=batch_size, **settings)
+        trainer = tiny_trainer(tmp_path, max_epochs=1, limit_val_batches=0)
+        caplog.clear()
+        if batch_size > largest:
+            message = rf"batch_size={batch_size} in each of 1 processes .* leaves none: \S+ has \d+.*; lower batch_size"
+            with pytest.raises(UserInputError, match=message):
+                trainer.fit(tiny_module(tiny_checkpoint), datamodule)
+        else:
+            trainer.fit(tiny_module(tiny_checkpoint), datamodule)
+            for name, size in sizes.items():
+                assert (f"{name} has {size}" in caplog.text) == (size < batch_size)

@@ -258,6 +258,16 @@ def test_a_run_whose_negatives_were_replaced_meanwhile_is_refused(world: World, 
     assert_same(world.fit(world.folder / f"{moment}.ckpt", **settings), expected, moment)
 
 
+def test_a_run_is_not_resumed_with_other_negatives_than_it_was_begun_with(world: World) -> None:
+    given, saver = given_negatives(world), Saver(world.folder)
+    world.fit(callbacks=(saver,), limit_val_batches=0)
+    with pytest.raises(UserInputError, match=r"negatives=\S+: the run .* was begun with none, .*weights=\.\.\."):
+        world.fit(saver.saved[0], data={"negatives": given}, limit_val_batches=0)
+    settings: dict[str, Any] = {"data": {"negatives": given}, "limit_val_batches": 0}
+    expected = world.fit(callbacks=(saver,), **settings)
+    assert_same(world.fit(saver.saved[-1], limit_val_batches=0), expected, "given once")
+
+
 def test_a_checkpoint_that_knows_the_path_alone_is_taken_as_it_is(world: World) -> None:
     given, saver = given_negatives(world), Saver(world.folder)
     settings: dict[str, Any] = {"data": {"negatives": given}, "limit_val_batches": 0}

@@ -83,7 +83,7 @@ def plan_epoch(
         seed: Seed of the run.
         epoch: The epoch.
         batch_mix: ``"mixed"`` draws a batch from all tasks, ``"one-task"`` from one task at a time. Queries that fill
-            no whole batch (of their task) sit this epoch out.
+            no whole batch (of their task) sit this epoch out; a task with fewer than a batch sits all of them out.
         positions: ``(M,)`` positions in ``tasks`` of the queries that take part, with repeats, ascending
             (:func:`lightning_mmembed.data.sampling.resample`); by default each once. A batch holds a query twice only
             where it is about as large as the part of the epoch that its copies are spread over.
@@ -136,15 +136,25 @@ class EpochPlan(DistributedSampler[Any]):
         fixed: bool = False,
         resampled: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        _, codes = np.unique(tasks, return_inverse=True)  # numbers compare much faster than names
+        names, codes = np.unique(tasks, return_inverse=True)  # numbers compare much faster than names
         super().__init__(codes, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.tasks, self.batch_size, self.batch_mix = codes, batch_size, batch_mix
         self.fixed, self.resampled = fixed, resampled
-        self.batches = len(self._plan(0))  # of any epoch
+        planned = self._plan(0)
+        self.batches = len(planned)  # of any epoch
+        taking_part = codes if self.resampled is None else codes[self._positions(0)]
+        #: With batches of one task: queries in an epoch, by name, of the tasks that fill none.
+        self.left_out: dict[str, int] = {}
+        if batch_mix == "one-task":
+            for code in np.setdiff1d(taking_part, codes[planned]):
+                self.left_out[str(names[code])] = int((taking_part == code).sum())
+
+    def _positions(self, epoch: int) -> np.ndarray | None:
+        return None if self.resampled is None else resample(*self.resampled, self.seed, epoch)
 
     def _plan(self, epoch: int) -> np.ndarray:
-        positions = None if self.resampled is None else resample(*self.resampled, self.seed, epoch)
-        return plan_epoch(self.tasks, self.batch_size * self.num_replicas, self.seed, epoch, self.batch_mix, positions)
+        size = self.batch_size * self.num_replicas
+        return plan_epoch(self.tasks, size, self.seed, epoch, self.batch_mix, self._positions(epoch))
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)

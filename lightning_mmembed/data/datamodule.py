@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_mmembed.data.batches import BATCH_MIXES, EpochPlan, TrainingBatch, TrainingBatches
@@ -27,6 +29,8 @@ from lightning_mmembed.encoders.processor import EncoderInputs
 from lightning_mmembed.errors import UserInputError
 from lightning_mmembed.files import file_sha256
 from lightning_mmembed.items import Candidate, Query
+
+log = logging.getLogger(__name__)
 
 
 class MBEIRDataModule(LightningDataModule):
@@ -98,6 +102,7 @@ class MBEIRDataModule(LightningDataModule):
         self.negatives_per_query, self.negatives = negatives_per_query, negatives
         self.wrong_modality_share, self.soft_labels = wrong_modality_share, soft_labels
         self.max_bad_fraction, self.instructions = max_bad_fraction, instructions
+        self._given = negatives
         self._shards: Shards | None = None
         #: By path of a file of negatives its SHA-256 when the run first asked for it.
         self._sha256: dict[str, str] = {}
@@ -124,18 +129,29 @@ class MBEIRDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the files of the mined negatives in use, and the SHA-256 of each."""
-        if self.negatives is None:
-            return {"negatives": None}
-        one = isinstance(self.negatives, str | Path)
-        paths = [str(path) for path in cast(Sequence[str | Path], [self.negatives] if one else self.negatives)]
-        for path in paths:
+        given, used = _paths(self._given), _paths(self.negatives)
+        for path in used:
             if path not in self._sha256 and Path(path).is_file():
                 self._sha256[path] = file_sha256(path)
-        known = {path: self._sha256[path] for path in paths if path in self._sha256}
-        return {"negatives": paths[0] if one else paths, "sha256": known}
+        known = {path: self._sha256[path] for path in used if path in self._sha256}
+        one = isinstance(self.negatives, str | Path)
+        return {"negatives": used[0] if one else used or None, "sha256": known, "given": given}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the mined negatives that the checkpoint was trained with; a file is checked when it is drawn from."""
+        """Take up the mined negatives that the checkpoint was trained with; a file is checked when it is drawn from.
+
+        Raises:
+            UserInputError: If a fit is resumed with other negatives than it was begun with.
+        """
+        theirs, given = state_dict.get("given"), _paths(self._given)
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and theirs is not None and given and given != theirs:
+            raise UserInputError(
+                f"negatives={', '.join(given)}: the run that is resumed was begun with {', '.join(theirs) or 'none'}, "
+                "and goes on with the negatives that it had; to train with these, begin a new run with the weights of "
+                "the checkpoint: weights=... in place of ckpt_path=..."
+            )
+        self._given = self._given if theirs is None else theirs
         self.negatives = state_dict["negatives"]
         self._sha256 = dict(state_dict.get("sha256", {}))
 
@@ -143,6 +159,7 @@ class MBEIRDataModule(LightningDataModule):
         """Batches of the training queries from where the Trainer is, with the mined negatives in use."""
         rows = self.shards.query_rows("train")
         plan = self._plan("train", rows, self.batch_mix, self._resampled(rows))
+        self._check_left_out(plan)
         return TrainingLoader(plan, partial(self._training_batches, rows), self._place, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[TrainingBatch]:
@@ -221,6 +238,20 @@ class MBEIRDataModule(LightningDataModule):
             resampled=resampled,
         )
 
+    def _check_left_out(self, plan: EpochPlan) -> None:
+        """Name the tasks that are too small for a batch of their own, and refuse to train on none."""
+        if not plan.left_out:
+            return
+        sizes = ", ".join(f"{task} has {size}" for task, size in plan.left_out.items())
+        found = (
+            f"batch_mix='one-task' with batch_size={plan.batch_size} in each of {plan.num_replicas} processes trains "
+            f"on no task with fewer queries than {plan.batch_size * plan.num_replicas}"
+        )
+        if plan.batches == 0:
+            raise UserInputError(f"{found}, which leaves none: {sizes}; lower batch_size")
+        if self._own_trainer.is_global_zero:
+            log.warning("%s: %s", found, sizes)
+
     def _resampled(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         if self.upsample is None and self.temperature is None:
             return None
@@ -240,3 +271,10 @@ class MBEIRDataModule(LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("MBEIRDataModule needs a Trainer: its encoder's processor writes the prompts")
         return self.trainer
+
+
+def _paths(negatives: str | Path | Sequence[str | Path] | None) -> list[str]:
+    """Files of negatives as a checkpoint keeps them."""
+    if negatives is None:
+        return []
+    return [str(path) for path in ([negatives] if isinstance(negatives, str | Path) else negatives)]

@@ -215,7 +215,7 @@ def test_a_resumed_run_takes_up_the_negatives_and_ends_like_one_that_was_not_sto
         content = torch.load(ckpt_path, weights_only=True)
         path = tmp_path / "negatives-1.parquet"
         known = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
-        assert content["MBEIRDataModule"] == {"negatives": str(path), "sha256": known}
+        assert content["MBEIRDataModule"] == {"negatives": str(path), "sha256": known, "given": []}
     module, datamodule, recorder = fit(tiny_shards, tiny_checkpoint, tmp_path, ckpt_path, **arguments)
     assert datamodule.negatives is not None, "the run goes on without mined negatives"
     assert Path(datamodule.negatives) == tmp_path / "negatives-1.parquet"

@@ -56,6 +56,15 @@ def test_one_task_batches_hold_one_task_and_come_in_mixed_order() -> None:
     assert any(len(set(TASKS[batch])) > 1 for batch in plan_epoch(TASKS, 4, seed=0, epoch=0))
 
 
+def test_a_task_that_fills_no_batch_of_its_own_is_named_with_its_size_and_one_that_is_not_asked_for_is_not() -> None:
+    assert EpochPlan(TASKS, 5, batch_mix="one-task", num_replicas=2).left_out == {"b": 9}
+    assert EpochPlan(TASKS, 16, batch_mix="one-task", num_replicas=2).left_out == {"a": 23, "b": 9, "c": 31}
+    assert EpochPlan(TASKS, 9, batch_mix="one-task").left_out == {}
+    assert EpochPlan(TASKS, 5, num_replicas=2).left_out == {}, "mixed batches hold every task"
+    groups, targets = np.unique(TASKS, return_inverse=True)[1], np.array([23, 0, 31])
+    assert EpochPlan(TASKS, 24, batch_mix="one-task", resampled=(groups, targets)).left_out == {"a": 23}
+
+
 def test_an_unknown_batch_mix_is_named() -> None:
     with pytest.raises(ValueError, match=r"batch_mix='striped' is unknown; write one of \('mixed', 'one-task'\)"):
         plan_epoch(TASKS, 4, 0, 0, "striped")

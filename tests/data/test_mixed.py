@@ -71,7 +71,7 @@ def test_one_run_trains_on_and_evaluates_both_whatever_the_order_of_the_folders_
         assert torch.equal(weights, again["module"].state_dict()[name]), name
     assert {"val/union/pairs_task1/ndcg@10", "val/local/pets_task0/ndcg@10"} <= first["metrics"].keys()
     known = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    assert first["datamodule"].state_dict() == {"negatives": list(known), "sha256": known}
+    assert first["datamodule"].state_dict() == {"negatives": list(known), "sha256": known, "given": list(known)}
 
 
 def test_negatives_of_neither_dataset_are_refused(folders: list[Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
