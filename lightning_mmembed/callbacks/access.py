@@ -107,6 +107,11 @@ def _taken(directory: Path) -> FileLock | None:
     return lock
 
 
+def begins_anew(trainer: Trainer, stage: str) -> bool:
+    """Whether a fit is set up that has no epoch behind it; where one is resumed, callbacks get their states later."""
+    return stage == "fit" and trainer.fit_loop.epoch_progress.current.processed == 0  # type: ignore[attr-defined]
+
+
 def heartbeat_of(trainer: Trainer, position: str) -> Callable[[], object]:
     """What tells the first callback with a method ``beat``, such as a watchdog, that work goes on; or nothing.
 

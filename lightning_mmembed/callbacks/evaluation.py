@@ -8,7 +8,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mmembed.callbacks.access import OwnDirectory, datamodule_of, output_directory, vector_store
+from lightning_mmembed.callbacks.access import (
+    OwnDirectory,
+    begins_anew,
+    datamodule_of,
+    output_directory,
+    vector_store,
+)
 from lightning_mmembed.data.shards import Shards
 from lightning_mmembed.encoders.base import encoder_of
 from lightning_mmembed.errors import UserInputError
@@ -94,8 +100,13 @@ class RetrievalEvaluation(OwnDirectory):
         self.evaluations = list(state_dict["evaluations"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse prompts that a query of the split does not have, and runs of other data, before any work."""
+        """Refuse prompts that a query of the split does not have, and runs of other data, before any work.
+
+        A fit from the start knows no evaluations of an earlier one.
+        """
         super().setup(trainer, pl_module, stage)
+        if begins_anew(trainer, stage):
+            self.evaluations = []
         self._directory = output_directory(trainer, self.dirpath)
         split = "test" if stage == "test" else "val"
         shards = datamodule_of(trainer).shards

@@ -9,7 +9,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mmembed.callbacks.access import OwnDirectory, datamodule_of, output_directory, vector_store
+from lightning_mmembed.callbacks.access import (
+    OwnDirectory,
+    begins_anew,
+    datamodule_of,
+    output_directory,
+    vector_store,
+)
 from lightning_mmembed.checkpoints import borrowed_weights
 from lightning_mmembed.data.layout import TRAIN_POOL
 from lightning_mmembed.encoders.base import Encoder, encoder_of
@@ -81,6 +87,12 @@ class HardNegativeMining(OwnDirectory):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the versions that the checkpoint knew."""
         self.versions = list(state_dict["versions"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the directory; a fit from the start knows no versions of an earlier one."""
+        super().setup(trainer, pl_module, stage)
+        if begins_anew(trainer, stage):
+            self.versions = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mine before the first batch, and what a run that was killed has not come to: no batch has been read yet."""

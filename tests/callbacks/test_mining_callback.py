@@ -102,6 +102,23 @@ def test_mining_after_an_epoch_changes_the_negatives_of_the_next(
     assert datamodule.negatives == tmp_path / "negatives-2.parquet"
 
 
+def test_a_second_fit_with_the_same_callbacks_mines_and_evaluates_as_the_first_one_did(
+    tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    callbacks = (mining(before_fit=True, every_n_epochs=1), RetrievalEvaluation(before_fit=True))
+    known = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        datamodule = MBEIRDataModule(tiny_shards, batch_size=16)
+        trainer = tiny_trainer(folder, max_epochs=2, callbacks=list(callbacks))
+        trainer.fit(tiny_module(tiny_checkpoint), datamodule)
+        assert datamodule.negatives == folder / "negatives-2.parquet"
+        steps = [one["step"] for one in callbacks[1].evaluations]
+        known.append(([version["epochs"] for version in callbacks[0].versions], steps))
+    assert known[0] == known[1]
+    assert known[0][0] == [0, 1]
+    assert known[0][1][0] == 0
+
+
 def test_what_is_mined_equals_a_full_sort_and_the_rule_written_out(
     tiny_shards: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
